@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segments: which dirty bitmaps say what changed since a job.
+
+Every backup of a VM opens a *segment*, a recording bitmap on each of its disks, and
+disables the older ones. "What changed since job P" is the union of P's own segment and
+every later one::
+
+    time      ── F1 ────── I2 ────── I3 (failed) ────── I4 ──►
+    segments     [── S1 ──][── S2 ──][─────── S3 ──────][── S4, recording …
+    I4 builds on I2 (Bacula's PrevJobName):   union = S2 ∪ S3
+
+So a job that failed, was killed or was disowned by the Director needs no repair: its
+segment is simply one more in the next union. Nothing here talks to QEMU; this module
+decides on names and sizes, ``snapshot.py`` carries the decisions out.
+
+A segment is named ``ph-<chain>-<seq>-<F|I|D>-<job>@<size>``. The order of segments
+comes from ``seq`` and nothing else (QEMU lists bitmaps in no stable order, and job
+names carry local time). ``job`` is the job's unique Bacula name, which is what
+PrevJobName gives. ``size`` is the disk's size in bytes when the segment began: a
+bitmap grows with its disk and its new tail starts clean, so what lies beyond the size
+at job P must be read whatever the bitmaps say. It is in the name because the name
+travels with the bitmap in a live migration, and no state file does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pveplug.units import CLUSTER
+
+PREFIX: Final = "ph-"
+FOLD_ABOVE: Final = 24
+"""Fold when a disk has more segments than this; 16 to 32 measured best."""
+KEEP_AT_MOST: Final = 96
+"""Merges of more block QEMU's main loop too long (0.1 s per 100 on 1 TiB)."""
+_NAME: Final = re.compile(r"ph-(c[0-9a-f]{8})-(\d{5,})-([FID])-(.+)@(\d+)")
+_STAMP: Final = re.compile(r"\.(\d{4})-(\d\d)-(\d\d)_(\d\d)\.(\d\d)\.(\d\d)_\d+$")
+
+
+def job_resource(unique_name: str) -> str:
+    """Return the Job resource's name in a unique job name (``NAME.DATE_TIME_NN``)."""
+    return _STAMP.sub("", unique_name)
+
+
+def chain_id(unique_name: str, purpose: str = "bacula") -> str:
+    """Return the id of the chain that a job's Job resource keeps for a VM.
+
+    Different Job resources, and replication, have different chains; none disturbs
+    another.
+    """
+    text = f"{purpose}\0{job_resource(unique_name)}"
+    return "c" + hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Segment:
+    """A segment's name, taken apart; sorts by its place in the chain."""
+
+    seq: int
+    chain: str
+    level: str
+    job: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The bitmap's name."""
+        return (
+            f"{PREFIX}{self.chain}-{self.seq:05d}-{self.level}-{self.job}@{self.size}"
+        )
+
+
+def parse_segment(name: str) -> Segment | None:
+    """Take a bitmap's name apart; None where it isn't a segment of ours."""
+    if not (found := _NAME.fullmatch(name)):
+        return None
+    chain, seq, level, job, size = found.groups()
+    return Segment(int(seq), chain, level, job, int(size))
+
+
+def union_name(chain: str) -> str:
+    """Return the name of the union bitmap, which lives on our scratch node only."""
+    return f"{PREFIX}{chain}-union"
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """What QEMU says of one named bitmap on a disk's tracking node."""
+
+    name: str
+    recording: bool
+    busy: bool = False
+    inconsistent: bool = False
+    granularity: int = CLUSTER
+    count: int = 0
+    """Dirty bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """One disk as it is now: its size in bytes and the bitmaps on its top node."""
+
+    size: int
+    bitmaps: tuple[Bitmap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Merge ``sources`` into ``target``, then remove what ``remove`` names."""
+
+    target: str | None
+    sources: tuple[str, ...]
+    remove: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """What a job does with one disk's segments."""
+
+    new: Segment
+    disable: tuple[str, ...]
+    """Older recording segments of the chain, to be disabled after the switch."""
+    union: tuple[str, ...]
+    """Bitmaps to merge; empty exactly when ``whole`` gives a reason."""
+    whole: str | None
+    """Why the disk is read whole; None when the union says what changed."""
+    parent_job: str | None
+    """Unique name of the job whose image is the backing file; None: no backing."""
+    parent_size: int
+    """Size at the parent job; what lies beyond is read in any case."""
+    folds: tuple[Fold, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What Bacula asked for: ``F``, ``I`` or ``D``, since when and since which job."""
+
+    letter: str
+    parent_job: str | None = None
+    since: int | None = None
+    """Seconds since the epoch; only used to recognise a VirtualFull's newest member."""
+
+
+def plan(
+    job: str, level: Level, disks: Mapping[str, Tracked], *, purpose: str = "bacula"
+) -> dict[str, DiskPlan]:
+    """Decide, for every disk of a VM, what the job reads and does to the segments.
+
+    Args:
+        job: the running job's unique name.
+        level: what Bacula announced; never a disk's escalation.
+        disks: disk key (``scsi0``) -> the disk as it is now.
+        purpose: keeps chains of different uses apart.
+    """
+    chain = chain_id(job, purpose)
+    segments = {key: _segments(disk, chain) for key, disk in disks.items()}
+    seq = 1 + max((s.seq for found in segments.values() for s in found), default=0)
+    parent = _parent_job(level, segments.values())
+    return {
+        key: _plan_disk(
+            Segment(seq, chain, level.letter, job, disk.size),
+            level,
+            parent,
+            disk,
+            segments[key],
+        )
+        for key, disk in disks.items()
+    }
+
+
+def _segments(disk: Tracked, chain: str) -> list[Segment]:
+    found = (parse_segment(bitmap.name) for bitmap in disk.bitmaps)
+    return sorted(s for s in found if s is not None and s.chain == chain)
+
+
+def _plan_disk(
+    new: Segment,
+    level: Level,
+    parent: str | None,
+    disk: Tracked,
+    segments: Sequence[Segment],
+) -> DiskPlan:
+    states = {bitmap.name: bitmap for bitmap in disk.bitmaps}
+    disable = tuple(s.name for s in segments if states[s.name].recording)
+    reason: str | None
+    union: list[Segment]
+    if level.letter == "F":
+        reason, union = "level Full", []
+    else:
+        reason, union = _union(level, parent, disk, segments, states)
+    start = union[0] if union else None
+    folds: tuple[Fold, ...]
+    if start is None or reason is not None:
+        folds = _dropped(segments, states)
+    else:
+        dead, alive = _dead_fulls(segments, start, states)
+        folds = dead
+        if level.letter == "I" and len(alive) > FOLD_ABOVE:
+            folds += _folded(alive, start, states)
+    return DiskPlan(
+        new=new,
+        disable=disable,
+        union=tuple(s.name for s in union) if reason is None else (),
+        whole=reason,
+        parent_job=start.job if start and reason is None else None,
+        parent_size=start.size if start and reason is None else 0,
+        folds=folds,
+    )
+
+
+def _union(
+    level: Level,
+    parent: str | None,
+    disk: Tracked,
+    segments: Sequence[Segment],
+    states: Mapping[str, Bitmap],
+) -> tuple[str | None, list[Segment]]:
+    """Return (why the disk must be read whole, []) or (None, the segments since P)."""
+    if not level.parent_job:
+        return "Bacula names no previous job", []
+    if not segments:
+        return (
+            f"no change tracking since job {level.parent_job} on this disk "
+            "(VM or disk was stopped, replaced, moved or first seen since)",
+            [],
+        )
+    own = next((s for s in segments if s.job == parent), None)
+    if own is None:
+        return (
+            f"the segment of job {level.parent_job} is gone "
+            f"(oldest kept: {segments[0].job})",
+            [],
+        )
+    union = [s for s in segments if s.seq >= own.seq]
+    for segment in union:
+        state = states[segment.name]
+        if state.inconsistent:
+            return f"bitmap {segment.name} is inconsistent (QEMU was killed)", []
+        if state.busy:
+            return f"bitmap {segment.name} is in use by another operation", []
+        if state.granularity != CLUSTER:
+            return f"bitmap {segment.name} has granularity {state.granularity}", []
+    if not states[union[-1].name].recording:
+        return (
+            f"tracking was interrupted: bitmap {union[-1].name} is not recording "
+            "(an external snapshot or another tool disabled it)",
+            [],
+        )
+    if disk.size < own.size:
+        return f"the disk shrank from {own.size} to {disk.size} bytes", []
+    return None, union
+
+
+def _parent_job(level: Level, disks: Iterable[Sequence[Segment]]) -> str | None:
+    """Return the job whose segment stands for Bacula's PrevJobName.
+
+    Usually that name itself. After a VirtualFull whose sources were pruned,
+    PrevJobName may be the VirtualFull's own name, which was never a backup of ours;
+    then ``since`` is the start of its newest member. That member is accepted when
+    exactly one job's name carries that time; the clock of the Director and ours may
+    be in different zones: then nothing matches, and the job reads everything.
+    """
+    jobs = {segment.job for disk in disks for segment in disk}
+    if not level.parent_job or level.parent_job in jobs or level.since is None:
+        return level.parent_job
+    near = [
+        job
+        for job in jobs
+        if (stamp := _started(job)) is not None and 0 <= level.since - stamp <= 2
+    ]
+    return near[0] if len(near) == 1 else level.parent_job
+
+
+def _started(job: str) -> float | None:
+    """Return the local time in a unique job name as seconds since the epoch."""
+    if not (found := _STAMP.search(job)):
+        return None
+    try:
+        stamp = datetime.datetime(*map(int, found.groups()))  # type: ignore[arg-type]  # noqa: DTZ001 - the Director writes local time
+    except ValueError:
+        return None
+    return stamp.timestamp()
+
+
+def _dead_fulls(
+    segments: Sequence[Segment], parent: Segment, states: Mapping[str, Bitmap]
+) -> tuple[tuple[Fold, ...], list[Segment]]:
+    """Fold Fulls after P into their predecessors: the Director does not count them.
+
+    A job that names P proves that a later Full failed or was disowned; left alone its
+    segment would later be taken for the start of the chain.
+    """
+    folds: list[Fold] = []
+    alive: list[Segment] = []
+    for segment in segments:
+        disabled = not states[segment.name].recording
+        if segment.level == "F" and segment.seq > parent.seq and disabled:
+            # Never the first one: P itself is before it.
+            folds.append(Fold(alive[-1].name, (segment.name,), (segment.name,)))
+        else:
+            alive.append(segment)
+    return tuple(folds), alive
+
+
+def _folded(
+    segments: Sequence[Segment], parent: Segment, states: Mapping[str, Bitmap]
+) -> tuple[Fold, ...]:
+    """Fold the history of an Incremental that names P; P is thereby accepted.
+
+    The Full that P stands on keeps its own segment (a Differential may name it), and
+    takes in what lies between it and P; P takes in what failed since.
+    """
+    fulls = [s for s in segments if s.level == "F" and s.seq <= parent.seq]
+    full = fulls[-1] if fulls else None
+    folds: list[Fold] = []
+    if full is None:
+        older = tuple(s.name for s in segments if s.seq < parent.seq)
+    else:
+        older = tuple(s.name for s in segments if s.seq < full.seq)
+        between = tuple(s.name for s in segments if full.seq < s.seq < parent.seq)
+        if between:
+            folds.append(Fold(full.name, between, between))
+    if older:
+        folds.append(Fold(None, (), older))
+    failed = tuple(
+        s.name for s in segments if s.seq > parent.seq and not states[s.name].recording
+    )
+    if failed:
+        folds.append(Fold(parent.name, failed, failed))
+    return tuple(folds)
+
+
+def _dropped(
+    segments: Sequence[Segment], states: Mapping[str, Bitmap]
+) -> tuple[Fold, ...]:
+    """Bound the number of segments where folding never comes (Fulls only).
+
+    Dropping the oldest only costs a whole read to a job that would name it.
+    Inconsistent ones can do nothing but be removed.
+    """
+    extra = max(0, len(segments) - KEEP_AT_MOST)
+    names = [s.name for s in segments[:extra]]
+    names += [s.name for s in segments[extra:] if states[s.name].inconsistent]
+    names = [n for n in names if not states[n].busy and not states[n].recording]
+    return (Fold(None, (), tuple(names)),) if names else ()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short QMP sessions with a VM of this node.
+
+A PVE monitor socket serves one client at a time, and PVE itself waits only three to
+five seconds for it. So a session here is a burst: connect, send, read, leave, well
+within a second; nothing ever waits for an event or a job while it is connected, it
+polls by coming back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+from pveplug.errors import QmpError, TransportError
+
+log = logging.getLogger(__name__)
+
+# A reply of query-named-block-nodes with 100 segments on each of 30 disks is 5 MiB.
+READ_LIMIT: Final = 64 * 1024 * 1024
+# PVE's own clients hold the socket for up to 5 s; wait for some of them in a row.
+CONNECT_TIMEOUT_S: Final = 30.0
+COMMAND_TIMEOUT_S: Final = 60.0
+HOLD_LIMIT_S: Final = 1.0
+
+
+class Qmp:
+    """One burst of commands; made by :func:`qmp_session`."""
+
+    def __init__(self, client: QMPClient, version: tuple[int, int, int]) -> None:
+        self._client = client
+        self.version = version
+        """QEMU's version from the greeting."""
+
+    async def execute(
+        self, command: str, arguments: dict[str, Any] | None = None
+    ) -> Any:
+        """Send one command and return what it returned.
+
+        Raises:
+            QmpError: QEMU refused the command; the session goes on.
+            TransportError: QEMU went away, or gave no answer in a minute.
+        """
+        log.debug("qmp command=%s arguments=%s", command, arguments)
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_S):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise QmpError(command, error.error_class, str(error)) from error
+        except TimeoutError as error:
+            raise TransportError(
+                f"QEMU gave no answer to {command} in a minute"
+            ) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise TransportError(f"QEMU went away during {command}") from error
+
+    async def transaction(self, actions: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Run the actions as one ``transaction``; all happen or none."""
+        listed = [{"type": name, "data": data} for name, data in actions]
+        await self.execute("transaction", {"actions": listed})
+
+
+@contextlib.asynccontextmanager
+async def qmp_session(
+    path: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
+) -> AsyncIterator[Qmp]:
+    """Connect to the monitor at ``path`` for one burst.
+
+    Raises:
+        TransportError: nobody listens (the VM is not running), or somebody else
+            has kept the monitor busy for ``connect_timeout_s`` seconds.
+    """
+    client = QMPClient("pveplug", READ_LIMIT)
+    client.logger.setLevel(logging.CRITICAL)  # it logs what we translate and raise
+    try:
+        async with asyncio.timeout(connect_timeout_s):
+            await _connect(client, path)
+    except TimeoutError as error:
+        await _leave(client)
+        raise TransportError(
+            f"the QMP monitor {path} has been busy for {connect_timeout_s:.0f} s; "
+            "another program holds it"
+        ) from error
+    except (ConnectError, QMPError, OSError, EOFError) as error:
+        await _leave(client)
+        raise TransportError(
+            f"cannot talk to QEMU at {path}: {_cause(error)}; is the VM running?"
+        ) from error
+    except BaseException:
+        await _leave(client)
+        raise
+    qemu = _version(client)
+    began = time.monotonic()
+    try:
+        yield Qmp(client, qemu)
+    finally:
+        await _leave(client)
+        held = time.monotonic() - began
+        if held > HOLD_LIMIT_S:
+            log.warning("qmp held_too_long seconds=%.2f path=%s", held, path)
+
+
+async def _connect(client: QMPClient, path: str) -> None:
+    """Connect; a full backlog (EAGAIN) is tried again, as PVE does, every 0.1 s."""
+    while True:
+        try:
+            await client.connect(path)
+        except ConnectError as error:
+            if not isinstance(error.exc, BlockingIOError):
+                raise
+        else:
+            return
+        await asyncio.sleep(0.1)
+
+
+async def _leave(client: QMPClient) -> None:
+    """Close the connection; that it is already broken is no news here."""
+    with contextlib.suppress(QMPError, OSError, EOFError):
+        await client.disconnect()
+
+
+def _version(client: QMPClient) -> tuple[int, int, int]:
+    """Return QEMU's version from the greeting that every session starts with."""
+    said: Any = client.greeting.QMP.version if client.greeting else {}
+    qemu = said.get("qemu", {})
+    return (
+        int(qemu.get("major", 0)),
+        int(qemu.get("minor", 0)),
+        int(qemu.get("micro", 0)),
+    )
+
+
+def _cause(error: BaseException) -> str:
+    inner = getattr(error, "exc", None)
+    return str(inner or error)
