@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freeing a VM of everything a backup put into its QEMU, from names alone.
+
+This is the normal end of a backup, the first step of the next one, and what runs after
+a kill: it needs no memory of what was done, only QEMU's own lists, and may be repeated.
+Segments are not touched. The order and the two commands that would abort QEMU are
+those of docs/cbt.md, "Clean-up".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+from pveplug.blockgraph import (
+    MARKER,
+    Graph,
+    drive_key,
+    image_nodes,
+    make_graph,
+    throttle_options,
+)
+from pveplug.cbt import PREFIX
+from pveplug.errors import IntegrityError, QmpError
+from pveplug.qmp import Qmp, qmp_session
+
+log = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S: Final = 25.0
+"""How long exports and jobs may take to end; a reader that hangs is cut off hard."""
+
+
+async def query_graph(qmp: Qmp) -> Graph:
+    """Ask QEMU for everything this package wants to know of its block layer."""
+    status: Any = await qmp.execute("query-status")
+    return make_graph(
+        await qmp.execute("query-block"),
+        await qmp.execute("query-named-block-nodes", {"flat": True}),
+        status=str(status["status"]),
+        exports=await qmp.execute("query-block-exports"),
+        jobs=await qmp.execute("query-jobs"),
+        iothreads=await qmp.execute("query-iothreads"),
+    )
+
+
+async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
+    """Remove our exports, jobs, filters and scratch nodes from a VM.
+
+    Args:
+        qmp_path: the VM's monitor.
+        nbd_socket: where our NBD server listens, if it does.
+
+    Returns: what was found and removed, for the job log.
+
+    Raises:
+        TransportError: QEMU is not there (then there is nothing to clean).
+        QmpError, IntegrityError: something of ours could not be removed.
+    """
+    async with qmp_session(qmp_path) as qmp:
+        graph = await query_graph(qmp)
+        found = graph.ours
+        await _resume(qmp, graph)
+        for name in graph.exports:
+            if name.startswith(PREFIX):
+                await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
+        for name in graph.jobs:
+            if name.startswith(PREFIX):
+                await _quietly(qmp, "job-cancel", {"id": name})
+    graph = await _drained(qmp_path, graph)
+    async with qmp_session(qmp_path) as qmp:
+        if listens(nbd_socket):
+            await _quietly(qmp, "nbd-server-stop", None)
+            found.append("NBD server")
+        await _remove_nodes(qmp, graph)
+    _forget(nbd_socket)
+    if found:
+        log.info("cleaned socket=%s found=%s", qmp_path, ",".join(found))
+    return found
+
+
+async def _resume(qmp: Qmp, graph: Graph) -> None:
+    """Let a guest go on that was paused for a switch which never ended."""
+    if MARKER not in graph.nodes:
+        return
+    if graph.status == "paused":
+        await qmp.execute("cont")
+    await qmp.execute("blockdev-del", {"node-name": MARKER})
+
+
+async def _drained(qmp_path: str, graph: Graph) -> Graph:
+    """Come back until our exports and jobs are gone; return the graph then."""
+    try:
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            pause = 0.02
+            while any(n.startswith(PREFIX) for n in (*graph.exports, *graph.jobs)):
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.5)
+                async with qmp_session(qmp_path) as qmp:
+                    graph = await query_graph(qmp)
+    except TimeoutError as error:
+        left = [n for n in (*graph.exports, *graph.jobs) if n.startswith(PREFIX)]
+        raise IntegrityError(
+            f"QEMU did not end {', '.join(left)} in {DRAIN_TIMEOUT_S:.0f} s"
+        ) from error
+    return graph
+
+
+async def _remove_nodes(qmp: Qmp, graph: Graph) -> None:
+    names = [name for name in graph.nodes if name.startswith(PREFIX)]
+    for name in names:
+        if name.startswith(f"{PREFIX}sa-"):
+            await qmp.execute("blockdev-del", {"node-name": name})
+    inserted = []
+    for name in names:
+        if not name.startswith(f"{PREFIX}cbw-"):
+            continue
+        # It goes at once when it is no longer in the guest's path: the disk may have
+        # been moved meanwhile, and putting the remembered node back would silently
+        # return the guest to its old volume.
+        try:
+            await qmp.execute("blockdev-del", {"node-name": name})
+        except QmpError as error:
+            if "in use" not in error.desc:
+                raise
+            inserted.append(name)
+    if inserted:
+        await _take_out(qmp, graph, inserted)
+        for name in inserted:
+            await qmp.execute("blockdev-del", {"node-name": name})
+    for name in names:
+        if name.startswith(f"{PREFIX}sc-"):
+            await qmp.execute("blockdev-del", {"node-name": name})
+
+
+async def _take_out(qmp: Qmp, graph: Graph, filters: list[str]) -> None:
+    """Put the image nodes back where the filters are in the guests' path."""
+    options = []
+    for name in filters:
+        key = name.removeprefix(f"{PREFIX}cbw-")
+        block = next((b for b in graph.blocks if drive_key(b) == key), None)
+        if block is None or "inserted" not in block:
+            raise IntegrityError(f"filter {name} is in use, but drive {key} is gone")
+        inserted = block["inserted"]
+        images = image_nodes(graph, str(graph.nodes[name].get("file", "")))
+        child = graph.children.get(name) or (images[0] if len(images) == 1 else None)
+        if child is None:
+            raise IntegrityError(
+                f"cannot tell the image below filter {name}: {', '.join(images)}"
+            )
+        if inserted["drv"] == "throttle":
+            options.append(throttle_options(inserted, child))
+        elif inserted["node-name"] == name:
+            # Setting the node that is already there aborts QEMU, hence the test.
+            await qmp.execute(
+                "qom-set",
+                {
+                    "path": f"/machine/peripheral/{key}",
+                    "property": "drive",
+                    "value": child,
+                },
+            )
+    if options:
+        await qmp.execute("blockdev-reopen", {"options": options})
+
+
+async def _quietly(qmp: Qmp, command: str, arguments: dict[str, Any] | None) -> None:
+    """Send a command whose object may have gone by itself meanwhile."""
+    try:
+        await qmp.execute(command, arguments)
+    except QmpError as error:
+        log.info("clean-up command=%s answer=%s", command, error.desc)
+
+
+def _forget(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+def listens(path: str) -> bool:
+    """Whether somebody accepts connections on a unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True

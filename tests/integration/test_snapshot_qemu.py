@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The point in time on a real QEMU; a stranger (libnbd) reads it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from pveplug.cbt import Level
+from pveplug.snapshot import Options, PointInTime, ScratchFile, SnapshotDisk
+from tests.support.bare_qemu import BareQemu, make_image
+
+pytestmark = pytest.mark.integration
+SIZE = 24 << 20
+
+
+class TempScratch:
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+        path = self.base / f"scratch-{key}.qcow2"
+        make_image(path, "qcow2", size)
+        return ScratchFile(str(path), "qcow2", "file")
+
+    async def remove(self) -> None:
+        for path in self.base.glob("scratch-*"):
+            path.unlink()
+
+
+@pytest.fixture
+def base():
+    path = Path(tempfile.mkdtemp(prefix="pit-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+def uri(disk: SnapshotDisk) -> str:
+    return f"nbd+unix:///{disk.export}?socket={disk.socket}"
+
+
+def full_read(disk: SnapshotDisk, path: Path) -> bytes:
+    subprocess.run(["nbdcopy", uri(disk), str(path)], check=True)
+    return path.read_bytes()
+
+
+def dirty(disk: SnapshotDisk) -> list[tuple[int, int]]:
+    found = subprocess.run(
+        ["nbdinfo", "--json", f"--map={disk.context}", uri(disk)],
+        check=True,
+        capture_output=True,
+    )
+    return [
+        (e["offset"], e["length"]) for e in json.loads(found.stdout) if e["type"] & 1
+    ]
+
+
+def unique(job: str) -> str:
+    return f"nightly.2026-11-22_20.42.31_{job}"
+
+
+def point(vm: BareQemu, mechanism: str) -> PointInTime:
+    return PointInTime(
+        vm.qmp_path,
+        str(vm.base / "nbd"),
+        TempScratch(vm.base),
+        Options(mechanism=mechanism),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("layout", ["blockdev", "drive"])
+@pytest.mark.parametrize("mechanism", ["cbw", "fleece"])
+async def test_a_chain_of_segments_restores_every_point_in_time(
+    base: Path, layout: str, mechanism: str
+) -> None:
+    disks = {
+        "scsi0": make_image(base / "a.qcow2", "qcow2", SIZE),
+        "scsi1": make_image(base / "b.raw", "raw", SIZE + 512 * 3),
+    }
+    rng = random.Random(7)
+    restored: dict[str, dict[str, bytearray]] = {}
+    with BareQemu(base, layout, disks) as vm:
+
+        def scribble(count: int) -> None:
+            for _ in range(count):
+                key = rng.choice(["scsi0", "scsi1"])
+                at, length = rng.randrange(SIZE // 4096 - 32) * 4096, 4096 * 4
+                vm.io(key, f"write -P {rng.randrange(1, 255)} {at} {length}")
+                vm.io(key, f"write -z -u {rng.randrange(300) * 65536} 64k")
+
+        scribble(30)
+        chain = [
+            ("01", "F", None),
+            ("02", "I", "01"),
+            ("03", "I", "02"),
+            ("04", "D", "01"),
+            ("05", "I", "04"),
+            ("06", "I", "03"),  # D4 and I5 were disowned
+        ]
+        for job, letter, parent in chain:
+            snapshot = point(vm, mechanism)
+            try:
+                await snapshot.prepare(
+                    unique(job), Level(letter, parent and unique(parent)), vm.volids
+                )
+                scribble(5)
+                await snapshot.switch()
+                scribble(20)
+                opened = await snapshot.publish()
+                scribble(5)
+                for disk in opened:
+                    assert disk.plan is not None
+                    truth = full_read(disk, base / "truth")
+                    base_image = restored[parent][disk.key] if parent else b""
+                    image = bytearray(base_image or bytes(disk.size))
+                    if letter == "F":
+                        assert disk.context is None
+                        image[:] = truth
+                    else:
+                        assert disk.plan.whole is None
+                        assert disk.plan.parent_job == unique(parent)
+                        for at, length in dirty(disk):
+                            image[at : at + length] = truth[at : at + length]
+                    assert bytes(image) == truth
+                    restored.setdefault(job, {})[disk.key] = image
+                    assert full_read(disk, base / "again") == truth
+            finally:
+                await snapshot.close()
+            assert vm.ours() == []
+            scribble(10)
+        inserted = [b["inserted"] for b in vm.command("query-block")]  # type: ignore[attr-defined]
+        assert all(i["detect_zeroes"] == "unmap" for i in inserted)
+        assert all(i["cache"]["direct"] for i in inserted)
+    assert not list(base.glob("scratch-*"))
+
+
+@pytest.mark.parametrize("layout", ["blockdev", "drive"])
+@pytest.mark.parametrize("mechanism", ["cbw", "fleece"])
+@pytest.mark.parametrize("step", ["prepare", "switch", "publish"])
+async def test_clean_up_from_names_frees_the_vm_after_any_step(
+    base: Path, layout: str, mechanism: str, step: str
+) -> None:
+    disks = {
+        "scsi0": make_image(base / "a.qcow2", "qcow2", SIZE),
+        "scsi1": make_image(base / "b.raw", "raw", SIZE),
+    }
+    with BareQemu(base, layout, disks) as vm:
+        first = point(vm, mechanism)
+        await first.prepare(unique("01"), Level("F"), vm.volids)
+        if step != "prepare":
+            await first.switch()
+        if step == "publish":
+            await first.publish()
+        assert vm.ours() != []
+        second = point(vm, mechanism)
+        await second.prepare(unique("02"), Level("I", unique("01")), vm.volids)
+        await second.switch()
+        for disk in await second.publish():
+            assert disk.plan is not None
+            assert (disk.plan.whole is None) == (step != "prepare")
+        vm.io("scsi0", "write -P 9 0 64k")
+        assert second.notes
+        await second.close()
+        assert vm.ours() == []
+        assert vm.command("query-status")["status"] == "running"  # type: ignore[index]
