@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job was told, as frozen values.
+
+::
+
+    plug-in string (FileSet) ──► BackupConfig(connection, selection, capture)
+    plug-in string (as it was at the backup)  ┐
+    bconsole's Plugin Options                 ├──► RestoreConfig(connection, target, …)
+    where=/@pve/key=value,…                   ┘    later ones win
+
+Nothing here touches the network or reads a secret; see ``Connection.resolve()``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from pveplug.errors import ConfigError
+from pveplug.node import Node
+from pveplug.parameters import PARAMETERS, Parameter, lookup
+from pveplug.pluginstring import (
+    is_vm_where,
+    option_words,
+    plugin_words,
+    where_words,
+)
+from pveplug.secrets import Origin, Secret, SecretSource
+from pveplug.selection import Selection
+from pveplug.values import Mapped
+
+_LEVELS: Final = {"F": "full", "I": "incremental", "D": "differential"}
+_CREDENTIALS: Final = (
+    "pve_token_id",
+    "pve_token_secret",
+    "pve_token_secret_file",
+    "pve_token_secret_cmd",
+    "pve_user",
+    "pve_password",
+    "pve_password_file",
+    "pve_password_cmd",
+)
+_TRUST: Final = ("pve_fingerprint", "pve_ca", "pve_insecure")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogin:
+    token_id: str
+    secret: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class PasswordLogin:
+    user: str
+    password: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the Proxmox VE API and as whom."""
+
+    host: str
+    port: int
+    node: str
+    """This node's name in the cluster."""
+    fingerprints: tuple[str, ...] = ()
+    ca_file: str | None = None
+    insecure: bool = False
+    timeout_s: int = 30
+    token_id: str | None = None
+    user: str | None = None
+    secret: SecretSource | None = None
+    """Of the token, or of the user."""
+
+    def check(self) -> None:
+        """Refuse a connection without a complete credential; reads nothing.
+
+        Raises:
+            ConfigError: what is missing, and which key gives it.
+        """
+        if self.token_id and not self.secret:
+            raise ConfigError(
+                "pve_token_id needs pve_token_secret_file (or _cmd)", key="pve_token_id"
+            )
+        if self.user and not self.secret:
+            raise ConfigError(
+                "pve_user needs pve_password_file (or _cmd)", key="pve_user"
+            )
+        if not self.token_id and not self.user:
+            raise ConfigError(
+                "no credential for the Proxmox VE API: give pve_token_id and "
+                "pve_token_secret_file",
+                key="pve_token_id",
+            )
+
+    def resolve(self) -> TokenLogin | PasswordLogin:
+        """Read the secret now; may block for 30 s, so call it in a thread.
+
+        Raises:
+            ConfigError: no credential, or its file or command gives none.
+        """
+        self.check()
+        assert self.secret is not None  # noqa: S101 - check() has refused that
+        if self.token_id:
+            return TokenLogin(self.token_id, self.secret.resolve())
+        return PasswordLogin(self.user or "", self.secret.resolve())
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """How the backup is taken; names and units are those of the parameters."""
+
+    quiesce: Literal["auto", "yes", "no"] = "auto"
+    quiesce_timeout: int = 60
+    mechanism: Literal["auto", "cbw", "fleece"] = "auto"
+    fleecing_storage: str | None = None
+    scratch_dir: str = ""
+    cbw_timeout: int = 10
+    cbt: Literal["auto", "off"] = "auto"
+    lock_wait: int = 60
+    max_parallel_disks: int = 2
+    bwlimit: int = 0
+    """KiB/s, 0 is unlimited."""
+    offsets: bool = True
+    digests: bool = True
+    pre_freeze_cmd: str | None = None
+    post_thaw_cmd: str | None = None
+    hook_timeout: int = 30
+    progress_interval: int = 60
+
+
+@dataclass(frozen=True, slots=True)
+class BackupConfig:
+    connection: Connection
+    selection: Selection
+    capture: Capture
+    mode: str = "backup"
+    backup_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreConfig:
+    """Where a restore goes and what it makes of the VM.
+
+    Attributes:
+        target: "vm", or "files" when Bacula itself shall write plain files.
+        reason: why, one sentence for the job log.
+        where: as Bacula gave it.
+        vmids: the ``restore_vmid`` option; see :meth:`vmid_for`.
+        bwlimit: KiB/s, 0 is unlimited.
+    """
+
+    connection: Connection
+    target: Literal["vm", "files"]
+    reason: str
+    where: str = ""
+    vmids: Mapped = field(default_factory=Mapped)
+    node: str | None = None
+    storage: str | None = None
+    storage_map: Mapped = field(default_factory=Mapped)
+    bridge_map: Mapped = field(default_factory=Mapped)
+    mac: Literal["keep", "new"] = "keep"
+    uuid: Literal["auto", "keep", "new"] = "auto"
+    name: str | None = None
+    disk_format: Literal["keep", "raw", "qcow2", "vmdk"] = "keep"
+    start_after: bool = False
+    overwrite: bool = False
+    disks: tuple[str, ...] = ()
+    pool: str | None = None
+    bwlimit: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def vmid_for(self, source: int) -> int | None:
+        """Return the id that the backup of VM ``source`` goes to; None: the next free.
+
+        With ``disks`` that is the VM to attach them to, by default ``source`` itself.
+        """
+        wanted = self.vmids.get(str(source)) or ("same" if self.disks else "next")
+        if wanted == "next":
+            return None
+        return source if wanted == "same" else int(wanted)
+
+
+def parse_backup(
+    plugin_string: str, *, node: Node | None = None
+) -> tuple[BackupConfig, list[str]]:
+    """Return the configuration of a backup job and warnings for its log.
+
+    Raises:
+        ConfigError: which key, which value, why.
+    """
+    values = _typed(plugin_words(plugin_string))
+    warnings: list[str] = []
+    connection = _connection(values, node or Node(), warnings)
+    connection.check()
+    selection = Selection(
+        **{f.name: _value(values, f.name) for f in dataclasses.fields(Selection)}
+    )
+    _check_selection(selection)
+    capture = _capture(values, node or Node())
+    return (
+        BackupConfig(
+            connection,
+            selection,
+            capture,
+            _value(values, "mode"),
+            _value(values, "backup_type"),
+        ),
+        warnings,
+    )
+
+
+def level_warning(backup_type: str | None, level: str) -> str | None:
+    """Return what to say when ``backup_type`` differs from Bacula's level letter."""
+    actual = _LEVELS.get(level, level)
+    if backup_type in (None, actual):
+        return None
+    hint = (
+        "; Bacula makes a Full when it finds none to build on"
+        if actual == "full"
+        else ""
+    )
+    return (
+        f"backup_type={backup_type} is not what Bacula runs: this job is {actual}"
+        f"{hint}. The level is set by Level = in the Job or Schedule"
+    )
+
+
+def parse_restore(
+    plugin_string: str,
+    where: str = "",
+    options_text: Sequence[str] = (),
+    *,
+    node: Node | None = None,
+) -> RestoreConfig:
+    """Return the configuration of a restore job.
+
+    Args:
+        plugin_string: as it was when the backup was made; what only a backup needs
+            is not looked at, and an unknown key is a warning.
+        where: the job's Where, "" when there is none.
+        options_text: restore options objects (type 28), usually none or one.
+        node: this node's settings, for defaults.
+
+    Raises:
+        ConfigError: which key, which value, why.
+    """
+    warnings: list[str] = []
+    from_where = where_words(where) if is_vm_where(where) else {}
+    from_menu = _menu_words(options_text)
+    stored = _typed(_old_words(plugin_string, warnings))
+    menu = _typed(from_menu, restore_only=True, source="restore options: ")
+    given = _typed(from_where, restore_only=True, source="where=: ")
+    for key in sorted(given.keys() & menu.keys()):
+        if given[key] != menu[key]:
+            warnings.append(
+                f"{key} is given in where= and in the restore options; "
+                f"where= wins: {from_where[key]}"
+            )
+    target, reason = _target(where, menu)
+    values = _layered(_layered(stored, menu), given)
+    connection = _connection(values, node or Node(), warnings)
+    if target == "vm":
+        connection.check()
+        _check_restore(values)
+
+    def get(key: str) -> Any:
+        return _value(values, key)
+
+    return RestoreConfig(
+        connection=connection,
+        target=target,
+        reason=reason,
+        where=where,
+        vmids=get("restore_vmid") or Mapped(),
+        node=get("restore_node"),
+        storage=get("restore_storage"),
+        storage_map=get("storage_map"),
+        bridge_map=get("bridge_map"),
+        mac=get("mac"),
+        uuid=get("uuid"),
+        name=get("restore_name"),
+        disk_format=get("disk_format"),
+        start_after=get("start_after"),
+        overwrite=get("overwrite"),
+        disks=get("disks"),
+        pool=get("restore_pool"),
+        bwlimit=get("restore_bwlimit"),
+        warnings=tuple(warnings),
+    )
+
+
+def parse_restore_options(text: str) -> dict[str, Any]:
+    """Return the typed values of one restore options object (type 28).
+
+    Raises:
+        ConfigError: a line or a value is wrong, or a key is no restore option.
+    """
+    return _typed(option_words(text), restore_only=True, source="restore options: ")
+
+
+def shown(config: BackupConfig | RestoreConfig) -> str:
+    """Return the configuration as lines ``name = value``, secrets as ``***``."""
+    return "".join(f"{name} = {value}\n" for name, value in _flat(config, ""))
+
+
+def _flat(value: object, prefix: str) -> Iterable[tuple[str, str]]:
+    assert dataclasses.is_dataclass(value)  # noqa: S101 - callers pass only those
+    for spec in dataclasses.fields(value):
+        item = getattr(value, spec.name)
+        name = f"{prefix}{spec.name}"
+        if isinstance(item, Connection | Selection | Capture):
+            yield from _flat(item, f"{name}.")
+        elif isinstance(item, SecretSource):
+            yield name, f"{item.value} (from {item.key})"
+        elif isinstance(item, bool):
+            yield name, "yes" if item else "no"
+        elif isinstance(item, tuple):
+            yield name, ",".join(str(part) for part in item) or "-"
+        else:
+            yield name, "-" if item is None or str(item) == "" else str(item)
+
+
+def _typed(
+    words: Mapping[str, str | None], *, restore_only: bool = False, source: str = ""
+) -> dict[str, Any]:
+    values = {}
+    for key, text in words.items():
+        try:
+            parameter = lookup(key, restore_only=restore_only)
+            values[key] = _parsed(parameter, text)
+        except ConfigError as error:
+            raise ConfigError(f"{source}{error}", key=key) from None
+    return values
+
+
+def _parsed(parameter: Parameter, text: str | None) -> Any:
+    if text is not None:
+        return parameter.parse(text)
+    if parameter.type.bare is None:
+        raise ConfigError(
+            f"{parameter.name} needs a value: {parameter.name}=… "
+            f"({parameter.type.explain})",
+            key=parameter.name,
+        )
+    return parameter.parse(parameter.type.bare)
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    return values.get(key, PARAMETERS[key].default)
+
+
+def _old_words(text: str, warnings: list[str]) -> dict[str, str | None]:
+    """Return what a restore needs of a plug-in string that may be years old."""
+    words = {}
+    for key, value in plugin_words(text).items():
+        parameter = PARAMETERS.get(key)
+        if parameter is None:
+            warnings.append(f"the backup's plug-in string has {key}, unknown here")
+        elif parameter.group in ("connection", "restore"):
+            words[key] = value
+    return words
+
+
+def _menu_words(texts: Iterable[str]) -> dict[str, str]:
+    words: dict[str, str] = {}
+    for text in texts:
+        for key, value in option_words(text).items():
+            if words.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"restore options: {key} has two values: {words[key]} and {value}",
+                    key=key,
+                )
+    return words
+
+
+def _target(where: str, menu: Mapping[str, Any]) -> tuple[Literal["vm", "files"], str]:
+    if is_vm_where(where):
+        return "vm", f"restoring to a VM, because where={where}"
+    if not where.strip("/"):
+        named = f"is {where}" if where else "is empty"
+        return "vm", f"restoring to a VM, because where= {named}"
+    wishes = [key for key in menu if PARAMETERS[key].group == "restore"]
+    if wishes:
+        return (
+            "vm",
+            f"restoring to a VM, because the restore options set {', '.join(wishes)}; "
+            f"where={where} is not used",
+        )
+    return (
+        "files",
+        f"restoring to files, because where={where} and no restore option is set; "
+        "where=/@pve/ restores to a VM",
+    )
+
+
+def _layered(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, ``upper`` winning; a credential replaces another as a whole."""
+    kept = dict(lower)
+    if upper.keys() & {"pve_token_id", "pve_user"}:
+        for key in _CREDENTIALS:
+            kept.pop(key, None)
+    for stem in ("pve_token_secret", "pve_password"):
+        family = {stem, f"{stem}_file", f"{stem}_cmd"}
+        if upper.keys() & family:
+            for key in family:
+                kept.pop(key, None)
+    if upper.keys() & set(_TRUST):
+        for key in _TRUST:
+            kept.pop(key, None)
+    if "restore_storage" in upper:
+        # A new place for everything must not be half undone by an old map.
+        kept.pop("storage_map", None)
+    return kept | dict(upper)
+
+
+def _connection(
+    values: Mapping[str, Any], node: Node, warnings: list[str]
+) -> Connection:
+    token_secret = _secret_source(values, "pve_token_secret", warnings)
+    password = _secret_source(values, "pve_password", warnings)
+    token_id, user = values.get("pve_token_id"), values.get("pve_user")
+    if token_id and user:
+        raise ConfigError(
+            "pve_token_id and pve_user are two ways to log in; give one", key="pve_user"
+        )
+    if token_secret and not token_id:
+        raise ConfigError(
+            f"{token_secret.key} needs pve_token_id", key=token_secret.key
+        )
+    if password and not user:
+        raise ConfigError(f"{password.key} needs pve_user", key=password.key)
+    fingerprints = _value(values, "pve_fingerprint")
+    insecure = _value(values, "pve_insecure")
+    if insecure and fingerprints:
+        warnings.append("pve_insecure=yes has no effect: pve_fingerprint is checked")
+        insecure = False
+    elif insecure:
+        warnings.append(
+            "pve_insecure=yes: the API's certificate is not checked, so the credential "
+            "may reach a stranger; pin it with pve_fingerprint (pveplug pin HOST)"
+        )
+    return Connection(
+        host=values.get("pve_host") or node.pve_host,
+        port=values.get("pve_port") or node.pve_port,
+        node=values.get("pve_node") or node.pve_node or _own_name(),
+        fingerprints=fingerprints,
+        ca_file=values.get("pve_ca"),
+        insecure=insecure,
+        timeout_s=_value(values, "pve_timeout"),
+        token_id=token_id,
+        user=user,
+        secret=token_secret or password,
+    )
+
+
+def _own_name() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+def _secret_source(
+    values: Mapping[str, Any], stem: str, warnings: list[str]
+) -> SecretSource | None:
+    given = [key for key in (stem, f"{stem}_file", f"{stem}_cmd") if key in values]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them", key=given[1])
+    if not given:
+        return None
+    key = given[0]
+    if key == stem:
+        warnings.append(
+            f"{stem} is stored in the catalogue and on volumes; use {stem}_file"
+        )
+        return SecretSource(key, Origin.INLINE, Secret(values[key]))
+    origin = Origin.FILE if key.endswith("_file") else Origin.COMMAND
+    return SecretSource(key, origin, values[key])
+
+
+def _check_selection(selection: Selection) -> None:
+    named = [key for key in ("vmid", "name", "pool", "tag") if getattr(selection, key)]
+    if selection.all and named:
+        raise ConfigError(
+            f"all=yes takes every VM of the node already; remove {' and '.join(named)} "
+            "or all",
+            key="all",
+        )
+    if not selection.all and not named:
+        raise ConfigError(
+            "no VM is selected: give vmid, name, pool, tag, or all=yes", key="vmid"
+        )
+
+
+def _capture(values: Mapping[str, Any], node: Node) -> Capture:
+    if "fleecing_storage" in values and "scratch_dir" in values:
+        raise ConfigError(
+            "fleecing_storage and scratch_dir are two places for the scratch images; "
+            "give one",
+            key="scratch_dir",
+        )
+    if "post_thaw_cmd" in values and "pre_freeze_cmd" not in values:
+        raise ConfigError(
+            "post_thaw_cmd runs when pre_freeze_cmd ran; give that, too",
+            key="post_thaw_cmd",
+        )
+    taken = {f.name: _value(values, f.name) for f in dataclasses.fields(Capture)}
+    taken["scratch_dir"] = taken["scratch_dir"] or node.scratch_dir
+    return Capture(**taken)
+
+
+def _check_restore(values: Mapping[str, Any]) -> None:
+    if values.get("disks"):
+        for key in ("overwrite", "restore_name", "restore_pool", "start_after"):
+            if values.get(key):
+                raise ConfigError(
+                    f"{key} is for a whole VM; disks={','.join(values['disks'])} "
+                    "only attaches disks to an existing one",
+                    key=key,
+                )
+    elif values.get("overwrite") and not values.get("restore_vmid"):
+        raise ConfigError(
+            "overwrite=yes needs restore_vmid: same, or the id to overwrite",
+            key="overwrite",
+        )
