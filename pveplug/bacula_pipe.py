@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two pipes to bacula-fd: packets in by the event loop, bytes out by one thread.
+
+Reading is done in the loop, by ``readv`` straight into the connection's one buffer, and
+goes on while we are busy elsewhere: that is how a vanished bacula-fd is noticed in the
+middle of a read from a disk. Writing is done by one thread, because a pipe that is full
+would block the loop; what waits for it is bounded in bytes. Nobody else reads or writes
+these file descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import queue
+import select
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from pveplug.errors import RemoteProtocolError, TransportError
+from pveplug.proto.ptcomm import Buffer, Packet, PtcommConnection
+from pveplug.units import KiB, MiB
+
+log = logging.getLogger(__name__)
+
+PIPE_BYTES: Final = MiB
+"""Default of /proc/sys/fs/pipe-max-size: what an unprivileged process may have."""
+QUEUE_BYTES: Final = 2 * MiB
+"""Copied bytes that may wait for the writer thread."""
+_MERGED: Final = 256 * KiB
+_IOV: Final = 512  # half of Linux' IOV_MAX
+
+CLOSED: Final = "bacula-fd closed the pipe"
+
+
+class PipeWriter:
+    """A thread that writes what it is given, in order, to a file descriptor.
+
+    Only the event loop's thread calls its methods.
+    """
+
+    def __init__(self, fd: int, broken: Callable[[str], None]) -> None:
+        """Start the thread; ``broken`` is called in the loop when writing fails."""
+        self._fd = fd
+        self._loop = asyncio.get_running_loop()
+        self._on_broken = broken
+        self._queue: queue.SimpleQueue[tuple[Sequence[Buffer], int] | None] = (
+            queue.SimpleQueue()
+        )
+        self._queued = 0
+        self._written = 0  # only the thread changes it
+        self._lowest: float = float("inf")  # wake the loop when this much is written
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._failure: str | None = None
+        self._broken: OSError | None = None
+        self._stop = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(fd, False)
+        self._thread = threading.Thread(
+            target=self._run, name="ptcomm-writer", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def done(self) -> int:
+        """The highest mark that is written."""
+        return self._written
+
+    def put(self, buffers: Sequence[Buffer], size: int) -> int:
+        """Queue ``size`` bytes; return the mark to give to :meth:`written`.
+
+        The buffers belong to the writer until then.
+
+        Raises:
+            TransportError: writing has failed before.
+        """
+        if self._failure is not None:
+            raise TransportError(self._failure)
+        self._queued += size
+        self._queue.put((buffers, size))
+        return self._queued
+
+    async def written(self, mark: int) -> None:
+        """Wait until everything up to ``mark`` is in the pipe.
+
+        There is no time limit: Bacula may wait hours for a volume. What ends the wait
+        is the peer's end of the pipe. When cancelled, the bytes are written later.
+
+        Raises:
+            TransportError: the pipe broke.
+        """
+        while self._written < mark:
+            if self._failure is not None:
+                raise TransportError(self._failure)
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._waiters.append((mark, waiter))
+            self._lowest = min(self._lowest, mark)
+            # The thread reads _lowest after it changed _written, we the other way
+            # round: one of us sees the other.
+            if self._written >= mark:
+                self._progress()
+            await waiter
+
+    def fail(self, reason: str) -> None:
+        """Write nothing more; every waiter and every later call gets ``reason``."""
+        if self._failure is None:
+            self._failure = reason
+        self._interrupt()
+        self._progress()
+
+    def close(self) -> None:
+        """End the thread; what isn't written is dropped."""
+        self.fail("the session is closed")
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _interrupt(self) -> None:
+        if not self._stop:
+            self._stop = True
+            self._queue.put(None)
+            os.write(self._wake_write, b"x")
+
+    def _progress(self) -> None:
+        """In the loop: wake whoever has what it waits for."""
+        if self._broken is not None and self._failure is None:
+            gone = self._broken.errno in (errno.EPIPE, errno.ECONNRESET)
+            self._failure = (
+                CLOSED if gone else f"cannot write to bacula-fd: {self._broken}"
+            )
+            self._on_broken(self._failure)
+        still = []
+        for mark, waiter in self._waiters:
+            if waiter.done():
+                continue
+            if self._written >= mark or self._failure is not None:
+                waiter.set_result(None)
+            else:
+                still.append((mark, waiter))
+        self._waiters = still
+        self._lowest = min((mark for mark, _ in still), default=float("inf"))
+        if self._written >= self._lowest:  # written between the two lines above
+            self._loop.call_soon(self._progress)
+
+    def _notify(self) -> None:
+        # The loop is closed when a job is over that nobody waited for.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._progress)
+
+    def _run(self) -> None:
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        poller.register(self._wake_read, select.POLLIN)
+        try:
+            while (size := self._write_next(poller)) is not None:
+                self._written += size
+                if self._written >= self._lowest:
+                    self._notify()
+        except OSError as error:
+            self._broken = error
+            self._notify()
+
+    def _write_next(self, poller: select.poll) -> int | None:
+        """Write what is queued next; how much it was, None at the end.
+
+        No reference to a buffer is left when this returns.
+        """
+        if (item := self._queue.get()) is None:
+            return None
+        buffers, size = list(item[0]), item[1]
+        # Small things go out together: one system call instead of ten.
+        while size < _MERGED and len(buffers) < _IOV:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:
+                return None
+            buffers += item[0]
+            size += item[1]
+        return size if self._write(buffers, poller) else None
+
+    def _write(self, buffers: Sequence[Buffer], poller: select.poll) -> bool:
+        """Write everything; False when interrupted."""
+        rest: list[Buffer] = list(buffers)
+        at = 0
+        while at < len(rest) and not self._stop:
+            try:
+                count = os.writev(self._fd, rest[at : at + _IOV])
+            except BlockingIOError:
+                poller.poll()
+                continue
+            while at < len(rest) and count >= len(rest[at]):
+                count -= len(rest[at])
+                at += 1
+            if count:
+                rest[at] = memoryview(rest[at])[count:]
+        return at == len(rest)
+
+
+class PtcommPipe:
+    """Packets from one file descriptor, bytes to another; owns and closes both.
+
+    Attributes:
+        closed: set when the peer is gone, or broke the protocol: nothing more will
+            come, nothing more can be sent. What already came can still be received.
+    """
+
+    def __init__(self, fd_in: int, fd_out: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connection = PtcommConnection()
+        self._in = fd_in
+        self._out = fd_out
+        self._reading = False
+        self._arrived: asyncio.Future[None] | None = None
+        self._lost: str | None = None
+        self.closed = asyncio.Event()
+        for fd in (fd_in, fd_out):
+            # Refused for sockets and by low limits; then it is only slower.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        os.set_blocking(fd_in, False)
+        self.writer = PipeWriter(fd_out, self._lose)
+        try:
+            self._resume()
+        except OSError as error:
+            self.writer.close()
+            raise TransportError(
+                f"standard input is not a pipe ({error}). "
+                "This program is started by bacula-fd's plugin, not by hand."
+            ) from error
+
+    async def receive(self) -> Packet:
+        """The next packet; the data of the one before becomes invalid.
+
+        There is no time limit, see :meth:`PipeWriter.written`.
+
+        Raises:
+            RemoteProtocolError: this isn't PTCOMM.
+            TransportError: the pipe is closed.
+        """
+        while True:
+            try:
+                packet = self._connection.next_packet()
+            except RemoteProtocolError as error:
+                self._lose(str(error))
+                raise
+            if packet is not None:
+                if log.isEnabledFor(logging.DEBUG):
+                    log.debug("ptcomm received %s", packet)
+                return packet
+            if self._lost is not None:
+                raise TransportError(self._lost)
+            self._resume()
+            self._arrived = self._loop.create_future()
+            try:
+                await self._arrived
+            finally:
+                self._arrived = None
+
+    def send(self, buffers: Sequence[Buffer]) -> int:
+        """Queue buffers; they are the writer's until the returned mark is written.
+
+        Raises:
+            TransportError: the pipe is closed.
+        """
+        if self._lost is not None:
+            raise TransportError(self._lost)
+        return self.writer.put(buffers, sum(len(buffer) for buffer in buffers))
+
+    async def written(self, mark: int | None = None) -> None:
+        """Wait until what was sent, up to ``mark``, is in the pipe.
+
+        Raises:
+            TransportError: the pipe is closed.
+        """
+        target = mark if mark is not None else self.writer.put((), 0)
+        await self.writer.written(target)
+
+    def close(self) -> None:
+        """Stop reading and writing, close both file descriptors; never blocks."""
+        if self._in < 0:
+            return
+        self._lose("the session is closed")
+        self.writer.close()
+        for fd in {self._in, self._out}:
+            os.close(fd)
+        self._in = self._out = -1
+
+    def _resume(self) -> None:
+        if not self._reading and self._lost is None:
+            self._loop.add_reader(self._in, self._readable)
+            self._reading = True
+
+    def _pause(self) -> None:
+        if self._reading:
+            self._loop.remove_reader(self._in)
+            self._reading = False
+
+    def _readable(self) -> None:
+        space = self._connection.get_buffer()
+        if not space:
+            self._pause()  # receive() resumes when it has used up what came
+            return
+        try:
+            count = os.readv(self._in, [space])
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(f"cannot read from bacula-fd: {error}")
+            return
+        if count:
+            self._connection.buffer_updated(count)
+            self._wake()
+        else:
+            self._lose(CLOSED)
+
+    def _lose(self, reason: str) -> None:
+        self._pause()
+        if self._lost is None:
+            self._lost = reason
+            self.writer.fail(reason)
+            self.closed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
