@@ -1,0 +1,578 @@
+# SPDX-License-Identifier: Apache-2.0
+"""asyncio's side of the NBD client: sockets, waiting, time limits.
+
+One connection carries any number of requests at a time; each waits on a future that
+its cookie finds. There is no reader task: the event loop puts bytes where the protocol
+machine wants them (``asyncio.BufferedProtocol``; with uvloop, with TLS or without), so
+nothing is left behind when a job ends.
+
+What cancellation leaves behind: a cancelled read or block_status is forgotten, its
+buffer isn't written to any more, and the client stays usable. A cancelled write,
+write_zeroes, trim or flush closes the client, for nobody can say what it has done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+import ssl
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self, cast
+
+from pveplug.errors import (
+    NbdError,
+    ProtocolError,
+    PveplugError,
+    TransportError,
+)
+from pveplug.proto.nbd_client import (
+    Completed,
+    Cookie,
+    Event,
+    NbdClientMachine,
+    Phase,
+    Ready,
+    Runs,
+)
+from pveplug.proto.nbd_handshake import Export, StartTls
+from pveplug.proto.nbd_wire import (
+    DEFAULT_MAXIMUM_BLOCK,
+    TransmissionFlag,
+)
+from pveplug.units import KiB, round_down, round_up
+
+STALL_S: Final = 180.0
+"""Nothing heard for so long with a request unanswered: the server hangs. Zeroing 1 GiB
+of thick storage takes some ten seconds."""
+COMPACT_STATUS: Final = (1 << 32) - 64 * KiB
+GOODBYE_S: Final = 2.0
+
+Status = dict[str, Runs]
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+Address = UnixAddress | TcpAddress
+
+
+async def connect(
+    address: Address,
+    export: str = "",
+    *,
+    contexts: Sequence[str] = (),
+    tls: ssl.SSLContext | None = None,
+    server_hostname: str | None = None,
+    timeout_s: float = 10.0,
+    stall_s: float = STALL_S,
+) -> NbdClient:
+    """Open one connection to ``export`` and negotiate all the server can do.
+
+    Args:
+        address: where the server listens.
+        export: the name; "" is the server's default export.
+        contexts: what block_status shall tell; those the server doesn't know are left
+            out, compare :attr:`NbdClient.contexts`.
+        tls: begin TLS by STARTTLS before the export is named; without it plain text.
+        server_hostname: whose certificate is expected; the host of a TCP address
+            unless given.
+        timeout_s: bound of all of it.
+        stall_s: how long a request may wait without a byte from the server.
+
+    Raises:
+        NbdError: the server refused the export or TLS.
+        RemoteProtocolError: it doesn't speak NBD.
+        TransportError: not reachable, no certificate we trust, or not in time.
+    """
+    machine = NbdClientMachine(export, contexts=contexts, tls=tls is not None)
+    loop = asyncio.get_running_loop()
+    adapter = _Adapter(machine, str(address), stall_s)
+    host = address.host if isinstance(address, TcpAddress) else None
+    try:
+        with _translated(f"cannot connect to NBD server {address}"):
+            async with asyncio.timeout(timeout_s):
+                if isinstance(address, UnixAddress):
+                    await loop.create_unix_connection(lambda: adapter, address.path)
+                else:
+                    await loop.create_connection(
+                        lambda: adapter, address.host, address.port
+                    )
+                if tls is not None:
+                    await adapter.tls_due
+                    name = server_hostname or host or ""
+                    await adapter.start_tls(tls, name)
+                return NbdClient(await adapter.ready, adapter)
+    except BaseException:
+        adapter.fail(TransportError(f"gave up connecting to NBD server {address}"))
+        raise
+
+
+class Pending:
+    """A request under way: await it once, or :meth:`abandon` it.
+
+    ``future`` ends with the status of BLOCK_STATUS or None, or with the error.
+    """
+
+    __slots__ = ("_abandon", "cookie", "future")
+
+    def __init__(
+        self,
+        cookie: Cookie,
+        future: asyncio.Future[Status | None],
+        abandon: Callable[[Pending], None],
+    ) -> None:
+        self.cookie = cookie
+        self.future = future
+        self._abandon = abandon
+
+    def __await__(self) -> Generator[object, None, Status | None]:
+        return self.future.__await__()
+
+    def abandon(self) -> None:
+        """Forget it: its buffer isn't touched from now on, its error isn't missed."""
+        self._abandon(self)
+
+
+class NbdClient:
+    """A negotiated connection; an async context manager that says goodbye at its end.
+
+    Offsets and lengths are bytes. Requests longer than the server takes are split.
+
+    Every request raises NbdError when the server refuses it (the client stays usable),
+    RemoteProtocolError when a reply breaks the protocol, TransportError when the
+    connection dies or stalls (in both the client is closed, and all who wait get the
+    same error), LocalProtocolError when the range or the request isn't allowed here.
+    """
+
+    def __init__(self, export: Export, adapter: _Adapter) -> None:
+        self._adapter = adapter
+        self._machine = adapter.machine
+        self.size: Final = export.size
+        self.flags: Final = export.flags
+        self.minimum_block: Final = export.minimum_block
+        self.preferred_block: Final = export.preferred_block
+        # More than 32 MiB in one piece would only cost memory.
+        self.maximum_block: Final = max(
+            round_down(
+                min(export.maximum_block, DEFAULT_MAXIMUM_BLOCK), export.minimum_block
+            ),
+            export.minimum_block,
+        )
+        self.contexts: Final = tuple(export.contexts.values())
+        self.structured: Final = export.structured
+        self.extended: Final = export.extended
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def read_only(self) -> bool:
+        return bool(self.flags & TransmissionFlag.READ_ONLY)
+
+    @property
+    def can_trim(self) -> bool:
+        return bool(self.flags & TransmissionFlag.SEND_TRIM) and not self.read_only
+
+    @property
+    def can_zero(self) -> bool:
+        offered = self.flags & TransmissionFlag.SEND_WRITE_ZEROES
+        return bool(offered) and not self.read_only
+
+    @property
+    def can_fast_zero(self) -> bool:
+        return bool(self.flags & TransmissionFlag.SEND_FAST_ZERO) and self.can_zero
+
+    @property
+    def can_flush(self) -> bool:
+        return bool(self.flags & TransmissionFlag.SEND_FLUSH)
+
+    @property
+    def can_multi_conn(self) -> bool:
+        return bool(self.flags & TransmissionFlag.CAN_MULTI_CONN)
+
+    @property
+    def can_dont_fragment(self) -> bool:
+        return self.structured and bool(self.flags & TransmissionFlag.SEND_DF)
+
+    # -- one request, for those who keep several in flight ---------------------
+
+    def start_read(
+        self, offset: int, buffer: memoryview, *, dont_fragment: bool = False
+    ) -> Pending:
+        """Send one READ of at most ``maximum_block`` aligned bytes.
+
+        ``buffer`` belongs to the client until the request ends or is abandoned.
+        """
+        return self._adapter.submit(
+            lambda: self._machine.read(offset, buffer, dont_fragment=dont_fragment)
+        )
+
+    def start_write(
+        self, offset: int, data: memoryview, *, fua: bool = False
+    ) -> Pending:
+        """Send one WRITE of at most ``maximum_block`` aligned bytes.
+
+        ``data`` must not change until the request ends; if it can't be waited for,
+        :meth:`abort` the client.
+        """
+        return self._adapter.submit(lambda: self._machine.write(offset, data, fua=fua))
+
+    def start_write_zeroes(
+        self, offset: int, length: int, *, may_punch: bool = True, fast: bool = False
+    ) -> Pending:
+        """Send one WRITE_ZEROES, of at most 4 GiB unless the server has 64 bits."""
+        return self._adapter.submit(
+            lambda: self._machine.write_zeroes(
+                offset, length, may_punch=may_punch, fast=fast
+            )
+        )
+
+    # -- whole operations -----------------------------------------------------
+
+    async def read_into(
+        self, offset: int, buffer: memoryview, *, dont_fragment: bool = False
+    ) -> None:
+        """Fill ``buffer`` from ``offset`` on; several calls may be in flight.
+
+        A range that isn't aligned to ``minimum_block`` costs a copy. Cancelled, the
+        buffer holds anything but isn't written to any more.
+        """
+        unit, end = self.minimum_block, offset + len(buffer)
+        if offset % unit or (end % unit and end != self.size):
+            low, high = round_down(offset, unit), min(round_up(end, unit), self.size)
+            around = memoryview(bytearray(high - low))
+            await self.read_into(low, around, dont_fragment=dont_fragment)
+            buffer[:] = around[offset - low :][: len(buffer)]
+            return
+        under_way: list[Pending] = []
+        step = self.maximum_block
+        try:
+            for at in range(0, len(buffer), step):
+                piece = buffer[at : at + step]
+                under_way.append(
+                    self.start_read(offset + at, piece, dont_fragment=dont_fragment)
+                )
+            for pending in under_way:
+                await pending
+        except BaseException:
+            for pending in under_way:
+                pending.abandon()
+            raise
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Read ``length`` bytes at ``offset`` into a new buffer."""
+        data = bytearray(length)
+        await self.read_into(offset, memoryview(data))
+        return data
+
+    async def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
+    ) -> None:
+        """Write ``data``; it must not change until this returns."""
+        view, step = memoryview(data).cast("B"), self.maximum_block
+        await self._changed(
+            functools.partial(
+                self.start_write, offset + at, view[at : at + step], fua=fua
+            )
+            for at in range(0, len(view), step)
+        )
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_punch: bool = True, fast: bool = False
+    ) -> None:
+        """Make a range read as zeroes, leaving a hole if ``may_punch``.
+
+        Raises:
+            NbdError: also ENOTSUP when ``fast`` is asked for and it wouldn't be.
+        """
+        await self._changed(
+            functools.partial(
+                self.start_write_zeroes, at, count, may_punch=may_punch, fast=fast
+            )
+            for at, count in self._compact(offset, length)
+        )
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give a range back; what it reads as afterwards is undefined."""
+        await self._changed(
+            functools.partial(
+                self._adapter.submit, functools.partial(self._machine.trim, at, count)
+            )
+            for at, count in self._compact(offset, length)
+        )
+
+    async def flush(self) -> None:
+        """Make completed writes durable; nothing to do where FLUSH isn't offered."""
+        if self.can_flush:
+            await self._changed(
+                [functools.partial(self._adapter.submit, self._machine.flush)]
+            )
+
+    async def block_status(
+        self, offset: int, length: int
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Return context -> [(length, flags)] from ``offset`` on.
+
+        The contexts may cover different lengths, less than asked but never nothing;
+        the last extent may reach further than asked, even behind the export's end.
+        """
+        status = await self.status(offset, length)
+        return {context: list(runs) for context, runs in status.items()}
+
+    async def status(self, offset: int, length: int) -> dict[str, Runs]:
+        """Do what :meth:`block_status` does, with compact results."""
+        if not self.extended:
+            length = min(length, COMPACT_STATUS)
+        pending = self._adapter.submit(
+            lambda: self._machine.block_status(offset, length)
+        )
+        try:
+            return cast(Status, await pending)
+        except BaseException:
+            pending.abandon()
+            raise
+
+    def abort(self, reason: str) -> None:
+        """Drop the connection now; all who wait get a TransportError."""
+        self._adapter.fail(TransportError(reason))
+
+    async def aclose(self) -> None:
+        """Say goodbye and close; requests under way fail. Bounded to two seconds."""
+        await self._adapter.aclose()
+
+    def _compact(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        step = length if self.extended else COMPACT_STATUS
+        for at in range(offset, offset + length, max(step, 1)):
+            yield at, min(step, offset + length - at)
+
+    async def _changed(self, starts: Iterable[Callable[[], Pending]]) -> None:
+        """Start all, wait for all, raise the first error; cancelled: close."""
+        first: PveplugError | None = None
+        under_way: list[Pending] = []
+        try:
+            for start in starts:
+                under_way.append(start())
+        except PveplugError as error:
+            first = error
+        try:
+            for pending in under_way:
+                try:
+                    await pending
+                except PveplugError as error:
+                    first = first or error
+        except BaseException:
+            self.abort("closed: a write was cancelled half-way")
+            for pending in under_way:
+                pending.abandon()
+            raise
+        if first is not None:
+            raise first
+
+
+class _Adapter(asyncio.BufferedProtocol):
+    """Between the event loop's transport and the machine."""
+
+    def __init__(self, machine: NbdClientMachine, address: str, stall_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.machine = machine
+        self.ready: asyncio.Future[Export] = loop.create_future()
+        self.tls_due: asyncio.Future[None] = loop.create_future()
+        self._closed: asyncio.Future[None] = loop.create_future()
+        self._waiting: dict[Cookie, asyncio.Future[Status | None]] = {}
+        self._error: PveplugError | None = None
+        self._transport: asyncio.Transport | None = None
+        self._address = address
+        self._loop = loop
+        self._tick_s = stall_s / 4
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard = 0
+        self._heard_before = 0
+        self._quiet = 0
+
+    # -- called by the client ---------------------------------------------------
+
+    def submit(self, verb: Callable[[], Cookie]) -> Pending:
+        if self._error is not None:
+            raise self._error
+        cookie = verb()
+        future: asyncio.Future[Status | None] = self._loop.create_future()
+        self._waiting[cookie] = future
+        self._pump()
+        if self._timer is None:
+            self._quiet = 0
+            self._timer = self._loop.call_later(self._tick_s, self._tick)
+        return Pending(cookie, future, self._abandon)
+
+    async def start_tls(self, context: ssl.SSLContext, hostname: str) -> None:
+        assert self._transport is not None  # noqa: S101  # tls_due came from it
+        secured = await self._loop.start_tls(
+            self._transport, self, context, server_hostname=hostname or None
+        )
+        if secured is None:
+            raise TransportError(f"NBD server {self._address} left during TLS")
+        self._transport = secured
+        self.machine.tls_established()
+        self._pump()
+
+    def fail(self, error: PveplugError) -> None:
+        """End everything with ``error``, the first one that is given."""
+        if self._error is None:
+            self._error = error
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        waiting, self._waiting = self._waiting, {}
+        futures: list[asyncio.Future[Any]] = [*waiting.values()]
+        for future in (*futures, self.ready, self.tls_due):
+            if not future.done():
+                future.set_exception(self._error)
+                future.exception()  # nobody may be listening; that's no mistake
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def aclose(self) -> None:
+        if self._transport is None:
+            return
+        if self._error is None:
+            self._error = TransportError("this NBD client was closed")
+            self.machine.disconnect()
+            self._pump()
+            self._transport.close()
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await asyncio.shield(self._closed)
+        except TimeoutError:
+            pass
+        finally:
+            self.fail(self._error)
+
+    # -- called by the event loop -----------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._pump()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._error is None:
+            try:
+                return self.machine.get_buffer()
+            except ProtocolError as error:
+                self.fail(error)
+        return memoryview(bytearray(1))  # an aborted transport reads no more
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._error is not None:
+            return
+        self._heard += 1
+        try:
+            self.machine.buffer_updated(nbytes)
+        except (ProtocolError, NbdError) as error:
+            self.fail(error)
+            return
+        events = self.machine.events()
+        if events:
+            self._dispatch(events)
+            self._pump()
+        elif self.machine.phase is Phase.HANDSHAKE:
+            self._pump()
+
+    def eof_received(self) -> None:
+        try:
+            self.machine.receive_eof()
+        except TransportError as error:
+            self.fail(TransportError(f"{self._address}: {error}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        reason = f": {exc}" if exc else ""
+        self.fail(TransportError(f"lost NBD server {self._address}{reason}"))
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    # -- inside -------------------------------------------------------------------
+
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        for event in events:
+            match event:
+                case Completed(cookie, error, status):
+                    future = self._waiting.pop(cookie, None)
+                    if future is None or future.done():
+                        continue
+                    if error is None:
+                        future.set_result(status)
+                    else:
+                        future.set_exception(error)
+                case Ready(export):
+                    if not self.ready.done():
+                        self.ready.set_result(export)
+                case StartTls():
+                    if self._transport is not None:
+                        # What comes now belongs to TLS; start_tls() reads on.
+                        self._transport.pause_reading()
+                    if not self.tls_due.done():
+                        self.tls_due.set_result(None)
+
+    def _pump(self) -> None:
+        for data in self.machine.data_to_send():
+            if self._transport is not None:
+                self._transport.write(data)
+
+    def _abandon(self, pending: Pending) -> None:
+        self.machine.abandon(pending.cookie)
+        self._waiting.pop(pending.cookie, None)
+        if not pending.future.done():
+            pending.future.cancel()
+        elif not pending.future.cancelled():
+            pending.future.exception()
+
+    def _tick(self) -> None:
+        """Notice a server that says nothing for four ticks while it owes a reply."""
+        self._timer = None
+        if not self._waiting:
+            return
+        self._quiet = self._quiet + 1 if self._heard == self._heard_before else 0
+        self._heard_before = self._heard
+        if self._quiet >= 4:
+            stall_s = 4 * self._tick_s
+            text = f"NBD server {self._address} said nothing for {stall_s:.0f} s"
+            self.fail(TransportError(text))
+            return
+        self._timer = self._loop.call_later(self._tick_s, self._tick)
+
+
+@contextlib.contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise TransportError(f"{doing}: no answer in time") from error
+    except OSError as error:  # ssl.SSLError is one too
+        raise TransportError(f"{doing}: {error.strerror or error}") from error

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs qemu-nbd on one image or volume for as long as a context lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import stat
+from collections.abc import AsyncIterator
+from typing import Final
+
+from pveplug.errors import CommandError, ConfigError, TransportError
+from pveplug.nbd.client import UnixAddress
+from pveplug.node import Node
+
+START_S: Final = 15.0
+STOP_S: Final = 60.0
+"""After SIGTERM: a qcow2 is closed in order, which writes its metadata."""
+STDERR_BYTES: Final = 4096
+SUN_PATH: Final = 107
+
+
+@contextlib.asynccontextmanager
+async def qemu_nbd(
+    node: Node,
+    path: str,
+    fmt: str,
+    *,
+    socket_dir: str,
+    read_only: bool,
+    export: str = "",
+    size: int | None = None,
+    bitmap: str | None = None,
+    shared: int = 4,
+    start_s: float = START_S,
+) -> AsyncIterator[UnixAddress]:
+    """Serve ``path`` on a unix socket; the process has ended when this is left.
+
+    Args:
+        node: tells where qemu-nbd is.
+        path: an image file or a block device; or one of QEMU's own names (``rbd:…``).
+        fmt: never guessed, for a raw disk's first bytes are the guest's.
+        socket_dir: made with mode 0700 unless it is there.
+        read_only: False: writable, with holes punched where zeroes are written.
+        export: name of the export, "" for the default.
+        size: for raw: serve only so many bytes of a larger volume (multiple of 512).
+        bitmap: a qcow2's persistent bitmap to offer.
+        shared: connections at a time.
+        start_s: bound of the start, opening the image included.
+
+    The process dies with us: it gets SIGTERM when our thread ends in any way.
+
+    Raises:
+        CommandError: qemu-nbd failed; at the start, in between, or (writable only)
+            at the end, where an error means that the image may be incomplete.
+        ConfigError: the path can't be served.
+        TransportError: it didn't listen in time.
+    """
+    os.makedirs(socket_dir, mode=0o700, exist_ok=True)
+    socket_path = os.path.join(socket_dir, f"nbd-{secrets.token_hex(4)}.sock")
+    if len(socket_path) > SUN_PATH:
+        raise ConfigError(f"socket path {socket_path} is longer than {SUN_PATH} bytes")
+    argv = [node.qemu_nbd, "--persistent", f"--shared={shared}"]
+    argv += [f"--socket={socket_path}", f"--export-name={export}"]
+    argv += _access(path, read_only)
+    if bitmap is not None:
+        argv.append(f"--bitmap={bitmap}")
+    argv += _image(path, fmt, size)
+    process = await _start(argv)
+    said = asyncio.create_task(_last_words(process), name="qemu-nbd stderr")
+    well = False
+    try:
+        await _listening(process, argv, socket_path, said, start_s)
+        yield UnixAddress(socket_path)
+        well = True
+    except TransportError as error:
+        if process.returncode is not None and process.returncode != 0:
+            words = await _words(said)
+            raise CommandError(argv, process.returncode, words) from error
+        raise
+    finally:
+        try:
+            await _stop(process)
+        finally:
+            words = await _words(said)
+            with contextlib.suppress(OSError):
+                os.unlink(socket_path)
+    if well and not read_only and process.returncode:
+        raise CommandError(argv, process.returncode, words)
+
+
+def _access(path: str, read_only: bool) -> list[str]:
+    """Return how the image is opened: measured in facts on writing, see decisions."""
+    # Page cache in between would only be copied through on a block device; on files
+    # it is what makes small writes and the one flush at the end cheap.
+    device = _is_block_device(path)
+    cache = ["--cache=none", "--aio=native"] if device else ["--cache=writeback"]
+    if read_only:
+        return ["--read-only", *cache]
+    return [*cache, "--discard=unmap", "--detect-zeroes=unmap"]
+
+
+def _image(path: str, fmt: str, size: int | None) -> list[str]:
+    if not path.startswith("/"):
+        if size is not None:
+            raise ConfigError(f"a size limit needs a file or a device, not {path}")
+        return [f"--format={fmt}", "--", path]
+    if size is not None and (fmt != "raw" or size % 512):
+        raise ConfigError(f"a size limit of {size} bytes is not for {fmt} images")
+    # Spelled out, a path can't be taken for one of QEMU's protocols or for json:.
+    driver = "host_device" if _is_block_device(path) else "file"
+    spelled = path.replace(",", ",,")
+    options = f"driver={fmt},file.driver={driver},file.filename={spelled}"
+    if size is not None:
+        options += f",size={size}"
+    return ["--image-opts", "--", options]
+
+
+def _is_block_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+async def _start(argv: list[str]) -> asyncio.subprocess.Process:
+    # PR_SET_PDEATHSIG: nothing is left over even if we are killed with SIGKILL.
+    setpriv = shutil.which("setpriv")
+    prefix = [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
+    if not os.access(argv[0], os.X_OK):
+        raise ConfigError(f"{argv[0]} is not there; install qemu-utils or set qemu_nbd")
+    try:
+        return await asyncio.create_subprocess_exec(
+            *prefix,
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot run {argv[0]}: {error.strerror}") from error
+
+
+async def _listening(
+    process: asyncio.subprocess.Process,
+    argv: list[str],
+    socket_path: str,
+    said: asyncio.Task[str],
+    start_s: float,
+) -> None:
+    """Wait until the socket takes connections."""
+    wait_s = 0.004
+    try:
+        async with asyncio.timeout(start_s):
+            while True:
+                try:
+                    _, writer = await asyncio.open_unix_connection(socket_path)
+                except OSError:
+                    if process.returncode is not None:
+                        words = await _words(said)
+                        raise CommandError(argv, process.returncode, words) from None
+                    await asyncio.sleep(wait_s)  # it has no other way to tell
+                    wait_s = min(wait_s * 1.5, 0.1)
+                else:
+                    writer.close()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+                    return
+    except TimeoutError as error:
+        text = f"qemu-nbd didn't listen within {start_s:.0f} s for {argv[-1]}"
+        raise TransportError(text) from error
+
+
+async def _last_words(process: asyncio.subprocess.Process) -> str:
+    """Drain its stderr, keeping the end."""
+    kept = b""
+    if process.stderr is not None:
+        while data := await process.stderr.read(STDERR_BYTES):
+            kept = (kept + data)[-STDERR_BYTES:]
+    return kept.decode("utf-8", "replace").strip()
+
+
+async def _words(said: asyncio.Task[str]) -> str:
+    """Return its stderr; bounded, for a child of its own could hold the pipe open."""
+    try:
+        async with asyncio.timeout(2):
+            return await said
+    except TimeoutError:
+        return ""
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """End it by its pid: SIGTERM, then SIGKILL; also when cancelled meanwhile."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(STOP_S):
+            await process.wait()
+    except TimeoutError:
+        pass
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a disk holds, and its data in order: BLOCK_STATUS to extents to reads.
+
+Two contexts become one line of extents. The dirty bitmap decides first; only inside
+dirty runs the allocation is looked at::
+
+    asked         |<------------------ window ------------------>|
+    dirty bitmap  |  clean   |   dirty    |  clean |    dirty    |
+    allocation    |     data     | zero |      data      |  zero |
+                  :          :   :      : :        :     :       :
+    extents       |  CLEAN   |DAT|ZERO  |D|  CLEAN | DATA| ZERO  |
+
+A reply need not be as long as the question, and the contexts need not agree. What all
+of them cover counts, the next question begins there::
+
+    asked         |<------------------ window ------------------>|
+    dirty bitmap  |    clean     |  dirty  |                        short
+    allocation    |   data   |            zero                 |.....|  long
+    used          |<---- one round ------->|<---- next round ...
+
+Neither an extent that reaches behind the window, nor one that reaches behind the end
+of the disk, tells anything about what is there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from pveplug.errors import NbdError
+from pveplug.extents import Extent, Kind, coalesced
+from pveplug.nbd.client import NbdClient, Pending
+from pveplug.proto import nbd_wire as wire
+from pveplug.proto.nbd_client import Runs
+from pveplug.units import CLUSTER, GiB, KiB, MiB, round_down, round_up
+
+WINDOW: Final = 4 * GiB - CLUSTER
+"""The longest aligned question without extended headers: 26 of them for 100 GiB."""
+ZEROES: Final = bytes(1 * MiB)
+
+
+async def extents(
+    client: NbdClient,
+    *,
+    dirty: str | None = None,
+    start: int = 0,
+    end: int | None = None,
+    window: int = WINDOW,
+) -> AsyncIterator[Extent]:
+    """Tile ``[start, end)`` with extents, neighbours of one kind joined.
+
+    Args:
+        dirty: the bitmap's name or whole context name; what it calls clean is
+            Kind.CLEAN. None: the whole range is looked at.
+        window: bytes asked at a time; a reply is held in memory only that long.
+
+    Without ``base:allocation`` whatever isn't clean is DATA. An allocation that is a
+    hole but not said to read as zeroes is DATA too.
+
+    Raises:
+        NbdError: the server doesn't offer the bitmap, or failed a request.
+    """
+    end = client.size if end is None else end
+    context = _dirty_context(dirty)
+    if context is not None and context not in client.contexts:
+        raise NbdError(f"the NBD export has no context {context}", wire.Error.ENOTSUP)
+    useful = context is not None or wire.BASE_ALLOCATION in client.contexts
+    if start < end and not useful:
+        yield Extent(start, end - start, Kind.DATA)
+        return
+    unit = client.minimum_block
+    window = max(round_down(window, unit), unit)
+    last: Extent | None = None
+    at = start
+    while at < end:
+        low = round_down(at, unit)
+        asked = min(round_up(min(low + window, end), unit), client.size) - low
+        status = await client.status(low, asked)
+        allocation = status.get(wire.BASE_ALLOCATION)
+        bitmap = status[context] if context is not None else None
+        lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
+        high = min(low + min(lengths), end)
+        for extent in _merged(low, high, bitmap, allocation):
+            if extent.offset < at:  # a start that isn't aligned
+                extent = Extent(at, extent.end - at, extent.kind)
+            if last is not None and last.kind is extent.kind:
+                last = Extent(last.offset, extent.end - last.offset, last.kind)
+                continue
+            if last is not None:
+                yield last
+            last = extent
+        at = high
+    if last is not None:
+        yield last
+
+
+def _dirty_context(dirty: str | None) -> str | None:
+    if dirty is None or ":" in dirty:
+        return dirty
+    return wire.DIRTY_BITMAP + dirty
+
+
+def _merged(
+    low: int, high: int, bitmap: Runs | None, allocation: Runs | None
+) -> Iterator[Extent]:
+    """Merge one round into joined extents that tile ``[low, high)``."""
+    if bitmap is None:
+        assert allocation is not None  # noqa: S101  # one of the two was asked for
+        return coalesced(_allocated(low, high, allocation))
+    if allocation is None:
+        return coalesced(_dirty(low, high, bitmap))
+    return coalesced(_overlaid(low, high, bitmap, allocation))
+
+
+def _allocated(at: int, high: int, allocation: Runs) -> Iterator[Extent]:
+    for length, flags in allocation:
+        length = min(length, high - at)
+        if length <= 0:
+            return
+        yield Extent(at, length, Kind.ZERO if flags & wire.STATE_ZERO else Kind.DATA)
+        at += length
+
+
+def _dirty(at: int, high: int, bitmap: Runs) -> Iterator[Extent]:
+    for length, flags in bitmap:
+        length = min(length, high - at)
+        if length <= 0:
+            return
+        yield Extent(at, length, Kind.DATA if flags & wire.STATE_DIRTY else Kind.CLEAN)
+        at += length
+
+
+def _overlaid(at: int, high: int, bitmap: Runs, allocation: Runs) -> Iterator[Extent]:
+    allocated = _allocated(at, high, allocation)
+    below = next(allocated)
+    for run in _dirty(at, high, bitmap):
+        if run.kind is Kind.CLEAN:
+            yield run
+            continue
+        at = run.offset
+        while at < run.end:
+            while below.end <= at:
+                below = next(allocated)
+            stop = min(below.end, run.end)
+            yield Extent(at, stop - at, below.kind)
+            at = stop
+
+
+def is_zero(buffer: bytearray | memoryview, start: int, length: int) -> bool:
+    """Whether ``length`` bytes from ``start`` on are all zero.
+
+    Give it the bytearray: 35 GB/s without a copy. A memoryview costs a copy.
+    """
+    stop = start + length
+    while start < stop:
+        count = min(len(ZEROES), stop - start)
+        zeroes = ZEROES if count == len(ZEROES) else ZEROES[:count]
+        if isinstance(buffer, bytearray):
+            if not buffer.startswith(zeroes, start, start + count):
+                return False
+        # memoryview == bytes compares item by item, 100 times slower than a copy.
+        elif bytes(buffer[start : start + count]) != zeroes:
+            return False
+        start += count
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Bytes of the disk, valid until the reader is asked for the next.
+
+    ``buffer`` may be longer than ``length``; ``view`` is its first ``length`` bytes.
+    """
+
+    offset: int
+    length: int
+    buffer: bytearray
+    view: memoryview
+
+
+class OrderedReader:
+    """Reads runs in their order, with several requests in flight.
+
+    Buffers are reused; read-ahead is bounded by ``in_flight_bytes`` (2-4 MiB measured
+    best: more falls out of the processor's cache). There are no tasks: leaving the
+    iteration, by any way, abandons the requests under way. A generator that was left
+    by ``break`` does so when it is closed, so prefer ``contextlib.aclosing``.
+    """
+
+    def __init__(
+        self,
+        client: NbdClient,
+        *,
+        request_bytes: int = 512 * KiB,
+        in_flight_bytes: int = 4 * MiB,
+    ) -> None:
+        self._client = client
+        self._request = max(
+            round_down(min(request_bytes, client.maximum_block), client.minimum_block),
+            client.minimum_block,
+        )
+        self._depth = max(in_flight_bytes // self._request, 1)
+        self._free: list[bytearray] = []
+
+    async def read(self, runs: Iterable[tuple[int, int]]) -> AsyncIterator[Slot]:
+        """Yield the bytes of ``(offset, length)`` runs; touching runs are joined.
+
+        Raises: as :meth:`NbdClient.read_into`; nothing is yielded after a failure.
+        """
+        pieces = self._pieces(runs)
+        under_way: deque[tuple[Slot, Pending | None]] = deque()
+        mine: bytearray | None = None  # in the consumer's hands
+        try:
+            while True:
+                while len(under_way) < self._depth:
+                    piece = next(pieces, None)
+                    if piece is None:
+                        break
+                    under_way.append(self._start(*piece))
+                if not under_way:
+                    return
+                slot, pending = under_way[0]
+                if pending is not None:
+                    await pending
+                else:
+                    await self._client.read_into(slot.offset, slot.view)
+                under_way.popleft()
+                mine = slot.buffer
+                yield slot
+                self._free.append(mine)
+                mine = None
+        finally:
+            for slot, pending in under_way:
+                if pending is not None:
+                    pending.abandon()
+                self._free.append(slot.buffer)
+            if mine is not None:
+                self._free.append(mine)
+            del self._free[self._depth :]
+
+    def _start(self, offset: int, length: int) -> tuple[Slot, Pending | None]:
+        client, unit = self._client, self._client.minimum_block
+        buffer = self._free.pop() if self._free else bytearray(self._request)
+        slot = Slot(offset, length, buffer, memoryview(buffer)[:length])
+        end = offset + length
+        if offset % unit or (end % unit and end != client.size):
+            return slot, None  # needs a copy; read when it is this slot's turn
+        try:
+            return slot, client.start_read(offset, slot.view)
+        except BaseException:
+            self._free.append(buffer)
+            raise
+
+    def _pieces(self, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Join touching runs, then cut at multiples of the request size."""
+        joined = coalesced(Extent(at, length, Kind.DATA) for at, length in runs)
+        for run in joined:
+            at = run.offset
+            while at < run.end:
+                stop = min(round_down(at, self._request) + self._request, run.end)
+                yield at, stop - at
+                at = stop
