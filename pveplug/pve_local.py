@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only root on this node can do: locks, volume paths, activation, qmeventd.
+
+PVE lets no token set or remove a ``lock:``, and its API neither resolves nor activates
+volumes. So this runs ``qm``, ``pvesm`` and ``lvchange``, each with a time limit, in the
+C locale, its output bounded, and turns what they say into one line with a remedy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pveplug.errors import CommandError, TransportError
+from pveplug.node import Node
+from pveplug.proto.pve_refusal import Reason, classify
+from pveplug.proto.pve_values import VmConfig, parse_qm_config
+
+_MAX_OUTPUT: Final = 1024 * 1024
+_MAX_FIREWALL: Final = 1024 * 1024
+"""/etc/pve holds no larger file."""
+_QM_S: Final = 60.0
+_LVM: Final = re.compile(r"/dev/([\w+.][\w+.\-]*)/([\w+.][\w+.\-]*)")
+_NOT_LVM: Final = frozenset(
+    {"zvol", "rbd", "rbd-pve", "disk", "mapper", "shm", "pts", "block", "bus", "fd"}
+)
+_VOLID: Final = re.compile(r"[A-Za-z][\w.\-]*:\S+|/\S+")
+
+
+class ProgramError(CommandError):
+    """A program of PVE failed; the text ends with what to do.
+
+    Attributes:
+        reason: the kind of failure; ``lock``: the lock's name for ``Reason.LOCKED``.
+    """
+
+    def __init__(self, argv: list[str], status: int, stderr: str) -> None:
+        self.reason, hint, self.lock = classify(stderr)
+        super().__init__(argv, status, f"{stderr}. {hint}" if hint else stderr)
+        self.stderr = stderr
+
+
+@dataclass(frozen=True, slots=True)
+class VmProcess:
+    """The QEMU process of a running VM.
+
+    ``started`` is in clock ticks since the node's boot ``boot_id``; all three together
+    tell one run of a VM from every other.
+    """
+
+    pid: int
+    started: int
+    boot_id: str
+
+    @property
+    def identity(self) -> str:
+        """A text that differs once QEMU was replaced."""
+        return f"{self.boot_id}/{self.pid}/{self.started}"
+
+
+class PveLocal:
+    """This node's programs and files, as root. ``proc`` is for tests."""
+
+    def __init__(self, node: Node, *, proc: str = "/proc") -> None:
+        self.node = node
+        self._proc = Path(proc)
+
+    # --- locks ---------------------------------------------------------------------
+
+    async def set_lock(self, vmid: int) -> None:
+        """Set ``lock: backup``; PVE refuses if the VM is locked already.
+
+        Raises:
+            ProgramError: ``Reason.LOCKED`` with the holder's ``lock``, or another.
+        """
+        await self._run([self.node.qm, "set", str(vmid), "--lock", "backup"])
+
+    async def unlock(self, vmid: int) -> bool:
+        """Remove ``lock: backup`` if that is what the VM carries.
+
+        Returns: whether there was such a lock. A VM that is gone has none. Only the
+        caller can know that the lock is its own and not vzdump's.
+        """
+        try:
+            if (await self.config(vmid)).lock != "backup":
+                return False
+            await self._run([self.node.qm, "unlock", str(vmid)])
+        except ProgramError as error:
+            if error.reason is Reason.VM_MISSING:
+                return False
+            raise
+        return True
+
+    async def config(self, vmid: int) -> VmConfig:
+        """Return the configuration in force as ``qm config`` prints it."""
+        argv = [self.node.qm, "config", str(vmid), "--current"]
+        return parse_qm_config(await self._run(argv))
+
+    async def vm_lock(self, vmid: int) -> str:
+        """Return the name of the VM's lock, or an empty text."""
+        return (await self.config(vmid)).lock
+
+    # --- volumes -------------------------------------------------------------------
+
+    async def volume_path(self, volid: str) -> str:
+        """Return where QEMU's tools find a volume: a path, or an ``rbd:`` string.
+
+        Raises:
+            ProgramError: there is no such storage or volume.
+        """
+        if not _VOLID.fullmatch(volid):
+            raise ProgramError([self.node.pvesm, "path"], 2, f"{volid!r} is no volume")
+        argv = [self.node.pvesm, "path", volid]
+        lines = (await self._run(argv)).split("\n")
+        if not (found := lines[0].strip()):
+            raise ProgramError(argv, 0, "it printed no path")
+        return found
+
+    async def activate(self, volid: str) -> bool:
+        """Make a volume readable on this node.
+
+        Returns: True when it wasn't before, so that the caller deactivates it.
+
+        Raises:
+            ProgramError: it can't be, or its kind is activated by PVE alone.
+        """
+        where = await self.volume_path(volid)
+        if _is_there(where):
+            return False
+        if not where.startswith("/dev/"):
+            if where.startswith("/"):
+                raise ProgramError(
+                    [self.node.pvesm, "path", volid],
+                    0,
+                    f"{where} does not exist",
+                )
+            return False  # rbd:, iscsi:, … are opened by QEMU itself
+        if volume := _logical_volume(where):
+            # -K: lvmthin snapshots and bases carry "skip activation".
+            await self._run([self.node.lvchange, "-ay", "-K", volume])
+        if await _appears(where):
+            return volume is not None
+        raise ProgramError(
+            [self.node.pvesm, "path", volid],
+            0,
+            f"{where} is not there: the volume isn't active on this node. Start the VM, "
+            "or map the volume by hand ('rbd map', 'zfs set volmode=dev')",
+        )
+
+    async def deactivate(self, volid: str) -> None:
+        """Undo :meth:`activate`; nothing for what PVE keeps active itself."""
+        if volume := _logical_volume(await self.volume_path(volid)):
+            await self._run([self.node.lvchange, "-an", volume])
+
+    # --- files ---------------------------------------------------------------------
+
+    async def firewall(self, vmid: int) -> str | None:
+        """Return the VM's firewall rules as PVE stores them, None if it has none.
+
+        Raises:
+            TransportError: the file is there and can't be read, or is no text.
+        """
+        return await asyncio.to_thread(self._firewall, vmid)
+
+    def _firewall(self, vmid: int) -> str | None:
+        where = Path(self.node.firewall_dir) / f"{vmid}.fw"
+        try:
+            with where.open("rb") as file:
+                data = file.read(_MAX_FIREWALL + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise TransportError(f"{where}: {error.strerror or error}") from error
+        if len(data) > _MAX_FIREWALL:
+            raise TransportError(f"{where} is longer than {_MAX_FIREWALL} bytes")
+        return data.decode("utf-8", "surrogateescape")
+
+    def vm_running(self, vmid: int) -> VmProcess | None:
+        """Return the VM's QEMU process, None when it doesn't run.
+
+        The rule is PVE's: the pid in the pid file exists, its program is ``kvm`` or
+        ``qemu-*`` and it was started with ``-pidfile`` and exactly this path.
+        """
+        pid_file = self.node.pid_file(vmid)
+        try:
+            pid = int(Path(pid_file).read_bytes()[:32].split(b"\n")[0])
+            command = (self._proc / str(pid) / "cmdline").read_bytes()
+            fields = (self._proc / str(pid) / "stat").read_bytes()
+        except (OSError, ValueError):
+            return None
+        argv = [os.fsdecode(word) for word in command.split(b"\0")]
+        program = argv[0].rpartition("/")[2]
+        if not (program.endswith("kvm") or program.startswith("qemu-")):
+            return None
+        pairs = zip(argv, argv[1:], strict=False)
+        if not any(
+            option in ("-pidfile", "--pidfile") and value == pid_file
+            for option, value in pairs
+        ):
+            return None
+        # proc(5): field 2 is the program's name in brackets and may hold blanks; after
+        # it, "state" is field 3 and "starttime" 22.
+        started = int(fields.rpartition(b")")[2].split()[22 - 3])
+        boot_id = ""
+        with contextlib.suppress(OSError):
+            text = (self._proc / "sys/kernel/random/boot_id").read_text("ascii")
+            boot_id = text.strip()
+        return VmProcess(pid, started, boot_id)
+
+    # --- qmeventd ------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def register_qmeventd(self, vmid: int) -> AsyncIterator[str | None]:
+        """Keep qmeventd from ending QEMU when the guest powers off meanwhile.
+
+        Yields: None, or a warning when qmeventd can't be told. The job can go on; a
+        guest that powers off then takes the point in time with it.
+        """
+        writer: asyncio.StreamWriter | None = None
+        warning: str | None = None
+        try:
+            async with asyncio.timeout(5.0):
+                _, writer = await asyncio.open_unix_connection(
+                    self.node.qmeventd_socket
+                )
+                hello = {"vzdump": {"vmid": str(vmid)}}
+                writer.write(json.dumps(hello, separators=(",", ":")).encode())
+                await writer.drain()
+        except OSError as error:
+            warning = (
+                f"qmeventd at {self.node.qmeventd_socket} can't be told of this job "
+                f"({error.strerror or 'no answer'}): if the guest powers off before the "
+                "end, this VM's backup fails"
+            )
+        try:
+            yield warning
+        finally:
+            if writer is not None:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+
+    # --- running programs ----------------------------------------------------------
+
+    async def _run(self, argv: list[str], *, timeout_s: float = _QM_S) -> str:
+        return await run(argv, timeout_s=timeout_s)
+
+
+async def run(argv: list[str], *, timeout_s: float) -> str:
+    """Run a program to its end and return what it printed.
+
+    It gets no input, the C locale and a session of its own. When it takes too long or
+    the caller is cancelled, its whole process group is killed.
+
+    Raises:
+        ProgramError: it can't be started, failed, took too long or printed too much.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "LC_ALL": "C", "LANG": "C"},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ProgramError(
+            argv,
+            127,
+            f"{error.strerror or error}. Is this a Proxmox VE node, and its path right "
+            "in /etc/podheitor-proxmox/node.toml?",
+        ) from error
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as tasks:
+            out = tasks.create_task(_bounded(process.stdout), name="stdout")
+            err = tasks.create_task(_bounded(process.stderr), name="stderr")
+            status = await process.wait()
+    except TimeoutError:
+        raise ProgramError(
+            argv, -signal.SIGKILL, f"it did not end within {timeout_s:g} s"
+        ) from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await asyncio.shield(process.wait())
+    printed, overflow = out.result()
+    said, _ = err.result()
+    if status != 0:
+        text = said.decode("utf-8", "replace").strip()
+        raise ProgramError(argv, status, text or printed.decode("utf-8", "replace"))
+    if overflow:
+        raise ProgramError(argv, 0, f"it printed more than {_MAX_OUTPUT} bytes")
+    return printed.decode("utf-8", "surrogateescape")
+
+
+async def _bounded(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """Read to the end, keeping the first ``_MAX_OUTPUT`` bytes."""
+    kept = bytearray()
+    overflow = False
+    while data := await stream.read(64 * 1024):
+        room = _MAX_OUTPUT - len(kept)
+        overflow = overflow or len(data) > room
+        kept += data[:room]
+    return bytes(kept), overflow
+
+
+def _logical_volume(where: str) -> str | None:
+    """Return ``VG/LV`` for ``/dev/VG/LV``."""
+    found = _LVM.fullmatch(where)
+    if found is None or found.group(1) in _NOT_LVM:
+        return None
+    return f"{found.group(1)}/{found.group(2)}"
+
+
+def _is_there(where: str) -> bool:
+    try:
+        mode = os.stat(where).st_mode
+    except OSError:
+        return False
+    return stat.S_ISBLK(mode) or stat.S_ISREG(mode)
+
+
+async def _appears(where: str) -> bool:
+    """Wait for udev to make the device's link."""
+    for _ in range(100):
+        if _is_there(where):
+            return True
+        await asyncio.sleep(0.1)
+    return False
