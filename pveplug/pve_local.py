@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -69,7 +70,7 @@ class VmProcess:
 
 
 class PveLocal:
-    """This node's programs and files, as root. ``proc`` is for tests."""
+    """Root's programs and files on this node. ``proc`` is for tests."""
 
     def __init__(self, node: Node, *, proc: str = "/proc") -> None:
         self.node = node
@@ -153,8 +154,8 @@ class PveLocal:
         raise ProgramError(
             [self.node.pvesm, "path", volid],
             0,
-            f"{where} is not there: the volume isn't active on this node. Start the VM, "
-            "or map the volume by hand ('rbd map', 'zfs set volmode=dev')",
+            f"{where} is not there: the volume isn't active on this node. Start "
+            "the VM, or map the volume by hand ('rbd map', 'zfs set volmode=dev')",
         )
 
     async def deactivate(self, volid: str) -> None:
@@ -202,7 +203,7 @@ class PveLocal:
         program = argv[0].rpartition("/")[2]
         if not (program.endswith("kvm") or program.startswith("qemu-")):
             return None
-        pairs = zip(argv, argv[1:], strict=False)
+        pairs = itertools.pairwise(argv)
         if not any(
             option in ("-pidfile", "--pidfile") and value == pid_file
             for option, value in pairs
@@ -239,8 +240,8 @@ class PveLocal:
         except OSError as error:
             warning = (
                 f"qmeventd at {self.node.qmeventd_socket} can't be told of this job "
-                f"({error.strerror or 'no answer'}): if the guest powers off before the "
-                "end, this VM's backup fails"
+                f"({error.strerror or 'no answer'}): if the guest powers off "
+                "before the end, this VM's backup fails"
             )
         try:
             yield warning
@@ -281,8 +282,6 @@ async def run(argv: list[str], *, timeout_s: float) -> str:
             f"{error.strerror or error}. Is this a Proxmox VE node, and its path right "
             "in /etc/podheitor-proxmox/node.toml?",
         ) from error
-    assert process.stdout is not None
-    assert process.stderr is not None
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as tasks:
             out = tasks.create_task(_bounded(process.stdout), name="stdout")
@@ -307,11 +306,11 @@ async def run(argv: list[str], *, timeout_s: float) -> str:
     return printed.decode("utf-8", "surrogateescape")
 
 
-async def _bounded(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
+async def _bounded(stream: asyncio.StreamReader | None) -> tuple[bytes, bool]:
     """Read to the end, keeping the first ``_MAX_OUTPUT`` bytes."""
     kept = bytearray()
     overflow = False
-    while data := await stream.read(64 * 1024):
+    while stream and (data := await stream.read(64 * 1024)):
         room = _MAX_OUTPUT - len(kept)
         overflow = overflow or len(data) > room
         kept += data[:room]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+_SCRIPT: Final = os.path.abspath(__file__)
 DISARMED: Final = 0
 THAWED: Final = 3
 FAILED: Final = 4
@@ -187,7 +188,7 @@ class ThawWatchdog:
                 sys.executable,
                 "-I",
                 "-S",
-                os.path.abspath(__file__),
+                _SCRIPT,
                 *self._arguments,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -203,8 +204,8 @@ class ThawWatchdog:
         said = b""
         try:
             async with asyncio.timeout(_START_S):
-                assert process.stdout is not None
-                said = await process.stdout.readline()
+                if process.stdout is not None:
+                    said = await process.stdout.readline()
         except TimeoutError:
             pass
         finally:
@@ -225,19 +226,20 @@ class ThawWatchdog:
         process, self._process = self._process, None
         if process is None:
             return self.fired
-        assert process.stdin is not None
-        try:
-            process.stdin.write(b"disarm\n")
-            await process.stdin.drain()
-        except OSError:
-            pass  # it has ended: its status tells how
+        if (channel := process.stdin) is not None:
+            try:
+                channel.write(b"disarm\n")
+                await channel.drain()
+            except OSError:
+                pass  # it has ended: its status tells how
         try:
             async with asyncio.timeout(_START_S):
                 self.fired = await process.wait() != DISARMED
         except TimeoutError:
             self.fired = True
         finally:
-            process.stdin.close()
+            if channel is not None:
+                channel.close()
         return self.fired
 
     def _log_fd(self) -> int | None:
