@@ -109,7 +109,9 @@ class Parameter:
         try:
             return self.type.parse(text)
         except ValueError as error:
-            shown = "" if self.secret else f"={text}"
+            shown = (
+                "" if self.secret else f"={text if text.isprintable() else ascii(text)}"
+            )
             raise ConfigError(f"{self.name}{shown}: {error}", key=self.name) from None
 
 
@@ -129,7 +131,7 @@ def _secret(name: str, what: str) -> Iterator[Parameter]:
         v.PATH,
         None,
         "connection",
-        f"file on the node that holds the {what.lower()}",
+        f"file on the node that holds the {what}",
         "One line; readable by its owner only (chmod 600), owned by root.",
         restore_option=True,
     )
@@ -138,7 +140,7 @@ def _secret(name: str, what: str) -> Iterator[Parameter]:
         v.COMMAND,
         None,
         "connection",
-        f"program that prints the {what.lower()}",
+        f"program that prints the {what}",
         "Run as root on the node without a shell, with LC_ALL=C, for at most 30 s. "
         "Not available at restore time: who may restore may not thereby run programs.",
     )
@@ -202,7 +204,7 @@ def _rows() -> Iterator[Parameter]:
         "root-only settings of a VM are left out of a restore and reported.",
         restore_option=True,
     )
-    yield from _secret("pve_token_secret", "Secret of the API token")
+    yield from _secret("pve_token_secret", "secret of the API token")
     yield Parameter(
         "pve_user",
         v.USER,
@@ -211,7 +213,7 @@ def _rows() -> Iterator[Parameter]:
         "user with realm, as root@pam, instead of a token",
         restore_option=True,
     )
-    yield from _secret("pve_password", "Password of pve_user")
+    yield from _secret("pve_password", "password of pve_user")
     yield Parameter(
         "pve_fingerprint",
         v.FINGERPRINTS,

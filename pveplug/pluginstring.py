@@ -164,6 +164,7 @@ def where_words(where: str) -> dict[str, str]:
 def _unescaped(key: str, raw: str) -> str:
     data = bytearray()
     source = raw.encode("utf-8")
+    shown = f"where=: {key}={raw if raw.isprintable() else ascii(raw)}"
     at = 0
     while at < len(source):
         byte = source[at]
@@ -171,8 +172,7 @@ def _unescaped(key: str, raw: str) -> str:
             digits = source[at + 1 : at + 3]
             if not re.fullmatch(rb"[0-9A-Fa-f]{2}", digits):
                 raise ConfigError(
-                    f"where=: {key}={raw}: '%' needs two hex digits; "
-                    "a percent sign itself is %25",
+                    f"{shown}: '%' needs two hex digits; a percent sign itself is %25",
                     key=key,
                 )
             data.append(int(digits, 16))
@@ -183,11 +183,11 @@ def _unescaped(key: str, raw: str) -> str:
         else:
             char = source[at:].decode("utf-8")[0]
             code = "".join(f"%{b:02X}" for b in char.encode("utf-8"))
-            raise ConfigError(f"where=: {key}={raw}: write {char!r} as {code}", key=key)
+            raise ConfigError(f"{shown}: write {char!r} as {code}", key=key)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"where=: {key}={raw}: not UTF-8", key=key) from None
+        raise ConfigError(f"{shown}: not UTF-8", key=key) from None
 
 
 def where_string(values: Mapping[str, str]) -> str:

@@ -386,19 +386,19 @@ class _Transform:
             self._drop(key, f"not known to this version: {value}")
 
     def _net(self, key: str, value: str) -> str:
-        parts = properties(value, "model")
-        model = next((m for m in parts if m in _NET_MODELS), None)
-        rendered: dict[str, str] = {}
-        if model:  # "virtio=MAC" is short for "model=virtio,macaddr=MAC"
-            rendered["model"] = model
-            rendered["macaddr"] = parts.pop(model)
-        rendered |= parts
+        rendered = properties(value, "model")
+        # "virtio=MAC" is short for "model=virtio,macaddr=MAC"; both are accepted.
+        model = next((m for m in rendered if m in _NET_MODELS), None)
+        mac = rendered[model] if model else rendered.get("macaddr")
         if self.wishes.mac == "new":
             rendered.pop("macaddr", None)
-        elif self.target.original_exists:
+            if model:
+                del rendered[model]
+                rendered = {"model": model, **rendered}
+        elif mac and self.target.original_exists:
             self.warnings.append(
-                f"{key} keeps the MAC address {rendered.get('macaddr')} while the "
-                "original VM still exists; use mac=new to run both"
+                f"{key} keeps the MAC address {mac} while the original VM still "
+                "exists; use mac=new to run both"
             )
         bridge = rendered.get("bridge")
         if bridge:
