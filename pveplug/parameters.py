@@ -304,8 +304,9 @@ def _capture_rows() -> Iterator[Parameter]:
         "auto",
         group,
         "freeze the guest's file systems for the instant of the snapshot",
-        "auto: when the VM's agent option is on. yes: also try otherwise, and warn "
-        "when it is not possible; the backup is then crash-consistent. no: never.",
+        "auto: where the VM has a guest agent (agent: 1, without freeze-fs=0). yes: "
+        "also despite freeze-fs=0, and a warning when it is not possible; the backup "
+        "is then crash-consistent. no: never.",
     )
     yield Parameter(
         "quiesce_timeout",
