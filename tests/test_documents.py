@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents lead somewhere, and those that are made are what their makers make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.documents import MADE, REPOSITORY, anchors, broken_links, documents
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    broken = [line for path in documents() for line in broken_links(path)]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
+def test_made_documents_are_up_to_date(path: Path) -> None:
+    made = MADE[path]()
+    where = path.relative_to(REPOSITORY)
+    assert path.read_text(encoding="utf-8") == made, f"run ./dev docs for {where}"
+
+
+def test_a_lost_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.documents.REPOSITORY", tmp_path)
+    (tmp_path / "b.md").write_text("# A heading\n")
+    page = tmp_path / "a.md"
+    page.write_text("[1](b.md) [2](b.md#a-heading) [3](c.md) [4](b.md#other)\n")
+    assert [line.split()[1] for line in broken_links(page)] == ["c.md", "b.md#other"]
+    assert anchors("# `vm.conf`, and *more*\n") == {"vmconf-and-more"}
