@@ -233,10 +233,11 @@ class Chain:
         Raises:
             IntegrityError: a member's map is unknown (see :meth:`mapped`) or damaged.
         """
-        packed = self._find_owners(key).packed.get(job)
-        if packed is None:
-            return ClusterMap(self.final_size(key))
-        return ClusterMap.from_bytes(packed)
+        found = self._find_owners(key)
+        if job in found.packed:
+            return ClusterMap.from_bytes(found.packed[job])
+        bits = ClusterMap.from_bytes(found.written).cluster_bits
+        return ClusterMap(self.final_size(key), bits)
 
     def _find_owners(self, key: str) -> _Owners:
         """Go from the newest member to the oldest, each taking what is left.
@@ -247,7 +248,7 @@ class Chain:
         if key in self._owners:
             return self._owners[key]
         size = self.final_size(key)
-        claimed = ClusterMap(size)
+        claimed: ClusterMap | None = None
         found = _Owners({}, b"", [])
         for member in reversed(self._members[key]):
             mine = self._records[member.job].map(member.disk.key)
@@ -257,6 +258,12 @@ class Chain:
                 )
             if mine.size != member.size:
                 mine = mine.resized(member.size)
+            claimed = claimed or ClusterMap(size, mine.cluster_bits)
+            if mine.cluster_bits != claimed.cluster_bits:
+                raise IntegrityError(
+                    f"disk {key}: job {member.job} has clusters of "
+                    f"{mine.cluster_size} bytes, later ones {claimed.cluster_size}"
+                )
             mine.discard(claimed)
             claimed.update(mine)
             # The cluster in which a smaller disk ended: what follows in it is zero.
@@ -264,7 +271,8 @@ class Chain:
             if mine.size < border and mine.kind_at(mine.clusters - 1) is Kind.DATA:
                 found.tails.append(Extent(mine.size, border - mine.size, Kind.ZERO))
             found.packed[member.job] = mine.to_bytes()
-        found.written = claimed.to_bytes()
+        # The newest member is the head itself, so there is one.
+        found.written = claimed.to_bytes() if claimed else b""
         self._owners[key] = found
         return found
 

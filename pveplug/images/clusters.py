@@ -21,6 +21,7 @@ nothing here costs memory in proportion to the number of extents.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -41,6 +42,7 @@ _ALL: Final = b"\xff" * _STEP
 _PACKED: Final = struct.Struct(">4sBBHQ")
 _MAGIC: Final = b"PHCM"
 _VERSION: Final = 1
+_CHECK: Final = 4
 
 
 def set_runs(bitmap: bytearray, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -413,16 +415,16 @@ class ClusterMap:
             )
 
     def to_bytes(self) -> bytes:
-        """Pack the map: a 16-byte header and one zstd frame, the two bitmaps in turn.
+        """Pack the map: 16 bytes of header, the two bitmaps in a zstd frame, a CRC-32.
 
         See docs/protocols/backup-format.md, "Cluster map".
         """
         head = _PACKED.pack(_MAGIC, _VERSION, self.cluster_bits, 0, self.size)
-        packer = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        packer = zstandard.ZstdCompressor(level=3)
         stream = packer.compressobj(size=len(self.data) + len(self.zero))
-        return b"".join(
-            (head, stream.compress(self.data), stream.compress(self.zero))
-        ) + (stream.flush())
+        parts = [head, stream.compress(self.data), stream.compress(self.zero)]
+        packed = b"".join((*parts, stream.flush()))
+        return packed + zlib.crc32(packed).to_bytes(_CHECK, "big")
 
     @classmethod
     def from_bytes(cls, packed: bytes) -> ClusterMap:
@@ -431,20 +433,23 @@ class ClusterMap:
         Raises:
             IntegrityError: the bytes are not a packed map, or a damaged one.
         """
-        if len(packed) < _PACKED.size:
+        if len(packed) < _PACKED.size + _CHECK:
             raise IntegrityError("cluster map: too short")
+        whole = memoryview(packed)[:-_CHECK]
+        if zlib.crc32(whole).to_bytes(_CHECK, "big") != packed[-_CHECK:]:
+            raise IntegrityError("cluster map: damaged")
         magic, version, bits, reserved, size = _PACKED.unpack_from(packed)
         if magic != _MAGIC or version != _VERSION or reserved:
             raise IntegrityError("cluster map: not in a known format")
         if not 0 < size <= MAX_SIZE or not 9 <= bits <= 21:
             raise IntegrityError(f"cluster map: impossible disk of {size} bytes")
-        made = cls(size, bits)
-        width = len(made.data)
+        width = (((size - 1) >> bits) + 8) // 8
         try:
-            frame = memoryview(packed)[_PACKED.size :]
+            frame = whole[_PACKED.size :]
             told = zstandard.get_frame_parameters(frame).content_size
             if told != 2 * width:
                 raise IntegrityError(f"cluster map: {told} bytes for {size} of disk")
+            made = cls(size, bits)
             # Through a reader: nothing larger than the expected size is made, and
             # whatever follows the frame is noticed.
             with zstandard.ZstdDecompressor().stream_reader(frame) as reader:
