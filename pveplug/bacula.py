@@ -143,8 +143,12 @@ class BaculaSession:
         self._aborted = True
         try:
             if self._state == "status":
-                # The plugin waits for the F that follows its JobStatus.
+                # A plugin that reads on waits for the F that follows its JobStatus.
                 self._pipe.send([ptcomm.END_OF_DATA])
+        except TransportError:
+            log.warning("abort not delivered reason=%r", "the pipe is closed")
+        self._pipe.refuse("the session was aborted")
+        try:
             async with asyncio.timeout(FLUSH_S):
                 await self._pipe.written()
         except (TransportError, TimeoutError) as error:
@@ -473,8 +477,6 @@ class BaculaSession:
 
     def answer(self, text: str) -> None:
         """For the session's files: send a command."""
-        if self._aborted:
-            raise LocalProtocolError("the session was aborted")
         self._pipe.send([ptcomm.command(text)])
 
     def refuse(self, text: str) -> None:

@@ -214,8 +214,8 @@ class IncomingFile:
         self._state = "settled"
 
     async def fail(self, text: str) -> None:
-        """Say that this file can't be restored: a job error. What is left of its data
-        is dropped by the next step of ``files()``.
+        """Say that this file can't be restored. Our plugin fails the job then and
+        leaves; with one that goes on, ``files()`` drops what is left of the data.
         """
         if self.settled:
             raise LocalProtocolError(f"{self.name} was answered already")

@@ -22,7 +22,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from pveplug.errors import RemoteProtocolError, TransportError
+from pveplug.errors import (
+    LocalProtocolError,
+    RemoteProtocolError,
+    TransportError,
+)
 from pveplug.proto.ptcomm import Buffer, Packet, PtcommConnection
 from pveplug.units import KiB, MiB
 
@@ -110,21 +114,20 @@ class PipeWriter:
         """Write nothing more; every waiter and every later call gets ``reason``."""
         if self._failure is None:
             self._failure = reason
-        self._interrupt()
+        if not self._stop:
+            self._stop = True
+            self._queue.put(None)
+            os.write(self._wake_write, b"x")
+        # The thread never blocks, so this is short. Without it bytes that the peer
+        # has answered already might not be counted as written yet.
+        self._thread.join()
         self._progress()
 
     def close(self) -> None:
         """End the thread; what isn't written is dropped."""
         self.fail("the session is closed")
-        self._thread.join()
         os.close(self._wake_read)
         os.close(self._wake_write)
-
-    def _interrupt(self) -> None:
-        if not self._stop:
-            self._stop = True
-            self._queue.put(None)
-            os.write(self._wake_write, b"x")
 
     def _progress(self) -> None:
         """In the loop: wake whoever has what it waits for."""
@@ -219,6 +222,7 @@ class PtcommPipe:
         self._reading = False
         self._arrived: asyncio.Future[None] | None = None
         self._lost: str | None = None
+        self._refused: str | None = None
         self.closed = asyncio.Event()
         for fd in (fd_in, fd_out):
             # Refused for sockets and by low limits; then it is only slower.
@@ -267,11 +271,18 @@ class PtcommPipe:
         """Queue buffers; they are the writer's until the returned mark is written.
 
         Raises:
+            LocalProtocolError: after :meth:`refuse`.
             TransportError: the pipe is closed.
         """
+        if self._refused is not None:
+            raise LocalProtocolError(self._refused)
         if self._lost is not None:
             raise TransportError(self._lost)
         return self.writer.put(buffers, sum(len(buffer) for buffer in buffers))
+
+    def refuse(self, reason: str) -> None:
+        """Nothing else may be sent: :meth:`send` raises ``reason`` from now on."""
+        self._refused = reason
 
     async def written(self, mark: int | None = None) -> None:
         """Wait until what was sent, up to ``mark``, is in the pipe.

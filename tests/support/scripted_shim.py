@@ -11,6 +11,7 @@ pveplug.proto is used), blocks while doing so, and belongs in a thread::
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -325,8 +326,17 @@ class ShimPeer:
             self.result.closed = True
         except BackendGone:
             self.result.backend_gone = True
+            self._last_words()
         finally:
             self.close()
+
+    def _last_words(self) -> None:
+        """Hear what the backend said before it went; a failed write comes first."""
+        with contextlib.suppress(BackendGone, TimeoutError):
+            while not self.result.aborted:
+                letter, payload = self._next()
+                if letter in MESSAGES:
+                    self._message(letter, payload)
 
     def run_backup(
         self, job: ShimJob, plugin: str = "", status: str = "T"
@@ -476,13 +486,14 @@ class ShimPeer:
         result.answers[name] = self._answer()
         if result.answers[name] != "OK":
             return
+        errors = len(result.said("E"))
         self.send("C", "DATA")
         position = 0
         for offset, data in pieces:
             if offset != position:
                 self.send("C", f"OFFSET:{offset}")
             for at in range(0, len(data), 65536):
-                if self.result.said("E"):
+                if len(result.said("E")) > errors:
                     result.answers[name] = "E"
                     return
                 self.send("D", data[at : at + 65536])
