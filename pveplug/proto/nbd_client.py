@@ -470,7 +470,7 @@ class NbdClientMachine:
         reads = request.command is Command.READ
         if kind == Chunk.NONE and size == 0 and done:
             pass
-        elif kind == Chunk.OFFSET_DATA and reads and size > wire.CHUNK_OFFSET.size:
+        elif kind == Chunk.OFFSET_DATA and reads and 8 < size <= request.length + 8:
             raw = yield from take(wire.CHUNK_OFFSET.size)
             (start,) = wire.CHUNK_OFFSET.unpack(raw)
             yield from self._payload(request, start, size - wire.CHUNK_OFFSET.size)
