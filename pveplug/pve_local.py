@@ -31,6 +31,7 @@ _MAX_OUTPUT: Final = 1024 * 1024
 _MAX_FIREWALL: Final = 1024 * 1024
 """/etc/pve holds no larger file."""
 _QM_S: Final = 60.0
+_FREE_S: Final = 120.0
 _LVM: Final = re.compile(r"/dev/([\w+.][\w+.\-]*)/([\w+.][\w+.\-]*)")
 _NOT_LVM: Final = frozenset(
     {"zvol", "rbd", "rbd-pve", "disk", "mapper", "shm", "pts", "block", "bus", "fd"}
@@ -162,6 +163,33 @@ class PveLocal:
         """Undo :meth:`activate`; nothing for what PVE keeps active itself."""
         if volume := _logical_volume(await self.volume_path(volid)):
             await self._run([self.node.lvchange, "-an", volume])
+
+    async def volume_exists(self, volid: str) -> bool:
+        """Whether a storage of this node lists the volume."""
+        storage, colon, _ = volid.partition(":")
+        if not colon:
+            return False
+        listed = await self._run([self.node.pvesm, "list", storage])
+        return any(line.split()[:1] == [volid] for line in listed.split("\n"))
+
+    async def free_volume(self, volid: str) -> None:
+        """Free a volume for good, whether or not a configuration names it."""
+        argv = [self.node.pvesm, "free", volid]
+        await self._run(argv, timeout_s=_FREE_S)
+
+    async def destroy_vm(self, vmid: int) -> bool:
+        """Destroy a stopped VM and its disks, whatever lock it carries.
+
+        Returns: False when there was no such VM.
+        """
+        argv = [self.node.qm, "destroy", str(vmid), "--skiplock", "1", "--purge", "1"]
+        try:
+            await self._run(argv, timeout_s=_FREE_S)
+        except ProgramError as error:
+            if error.reason is Reason.VM_MISSING:
+                return False
+            raise
+        return True
 
     # --- files ---------------------------------------------------------------------
 

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``podheitor-proxmox-backend``: the process behind one plug-in string of a Bacula job.
+
+The shim in bacula-fd starts it without arguments and speaks PTCOMM on its standard
+input and output. With ``--cleanup JOB`` it undoes what a job that ended uncleanly left
+on this node.
+
+Exit status: 0 the job (or the clean-up) went well; 1 it failed, and bacula-fd was told
+why; 2 wrong usage; 70 a fault of this program; 74 bacula-fd went away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pveplug import log as own_log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pveplug.bacula import BaculaSession
+    from pveplug.config import Connection
+    from pveplug.node import Node
+    from pveplug.pve import PveApi
+
+EX_FAILED = 1
+EX_USAGE = 2
+EX_SOFTWARE = 70
+EX_IOERR = 74
+
+USAGE = """\
+usage: podheitor-proxmox-backend
+       podheitor-proxmox-backend --cleanup JOB
+       podheitor-proxmox-backend --version | --help
+
+Without arguments it serves bacula-fd's plug-in on its standard input and output; it
+is not meant to be started by hand. --cleanup JOB thaws, unlocks and frees every VM of
+this node that the job with that unique name left so.
+"""
+
+
+def main() -> None:
+    """Entry point of the program."""
+    if len(sys.argv) > 1:
+        sys.exit(_command(sys.argv[1:]))
+    try:
+        fd_in, fd_out = own_log.own_stdio()
+    except OSError:
+        os.write(2, b"podheitor-proxmox-backend: standard input or output is closed\n")
+        sys.exit(EX_USAGE)
+    try:
+        status = _serve(fd_in, fd_out)
+    except Exception as error:
+        own_log.last_words(fd_out, f"the backend cannot run: {error!r}")
+        status = EX_SOFTWARE
+    # Not sys.exit(): nothing is left to do, and a thread may hang in a dead mount.
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _command(arguments: list[str]) -> int:
+    match arguments:
+        case ["--version"]:
+            from pveplug import __version__
+
+            sys.stdout.write(f"podheitor-proxmox-backend {__version__}\n")
+            return 0
+        case ["--help" | "-h"]:
+            sys.stdout.write(USAGE)
+            return 0
+        case ["--cleanup", job]:
+            return _clean_up(job)
+    sys.stderr.write(USAGE)
+    return EX_USAGE
+
+
+def _clean_up(job: str) -> int:
+    import asyncio
+    import logging
+
+    from pveplug.errors import PveplugError
+    from pveplug.events import ListReporter
+    from pveplug.node import load_node
+    from pveplug.recovery import clean_up_job
+
+    try:
+        node = load_node()
+        own_log.setup_backend(node.log_file)
+        say = ListReporter()
+        well = asyncio.run(clean_up_job(node, job, say))
+    except (PveplugError, OSError) as error:
+        sys.stderr.write(f"podheitor-proxmox-backend: {error}\n")
+        return EX_FAILED
+    for kind, text in say.lines:
+        logging.getLogger(__name__).info("cleanup job=%s %s: %s", job, kind, text)
+    return 0 if well else EX_FAILED
+
+
+def _serve(fd_in: int, fd_out: int) -> int:
+    import asyncio
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_session(fd_in, fd_out))
+
+
+async def _session(fd_in: int, fd_out: int) -> int:
+    """Lead one job from the greeting to the goodbye."""
+    import asyncio
+    import logging
+    import signal
+
+    from pveplug.bacula import open_session
+    from pveplug.errors import PveplugError, TransportError
+    from pveplug.node import load_node
+
+    log = logging.getLogger(__name__)
+    node = load_node()
+    warning = own_log.setup_backend(node.log_file)
+    session = await open_session(fd_in, fd_out)
+    task = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    cancelled = False
+
+    def cancel() -> None:
+        nonlocal cancelled
+        if task is not None and not cancelled:
+            # Once: a second signal must not interrupt the way out.
+            cancelled = True
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        loop.add_signal_handler(number, cancel)
+    async with session:
+        with own_log.context(job=session.job.name):
+            try:
+                if warning:
+                    session.warning(warning)
+                await _job(session, node)
+            except asyncio.CancelledError:
+                log.warning("job cancelled")
+                return EX_FAILED
+            except TransportError as error:
+                log.exception("job failed")
+                if session.closed.is_set():
+                    return EX_IOERR
+                await session.abort(str(error))
+                return EX_FAILED
+            except PveplugError as error:
+                log.exception("job failed")
+                await session.abort(str(error))
+                return EX_FAILED
+            except Exception as error:
+                log.exception("internal error")
+                await session.abort(
+                    f"internal error of pveplug: {error!r}. Remedy: please report it; "
+                    "the log of the node has the details."
+                )
+                return EX_SOFTWARE
+    return 0
+
+
+async def _job(session: BaculaSession, node: Node) -> None:
+    from pveplug import config
+
+    if session.job.type == "R":
+        from pveplug.restore import Restore
+
+        await session.accept_params()
+        await Restore(session, node).run()
+        return
+    backup, warnings = config.parse_backup(session.plugin, node=node)
+    for text in warnings:
+        session.warning(text)
+    from pveplug.pve_local import PveLocal
+
+    local = PveLocal(node)
+    api = await open_api(backup.connection)
+    async with api:
+        await session.accept_params()
+        if session.job.type == "E":
+            from pveplug.estimate import Estimate
+
+            await Estimate(backup, node, session, api, local).run()
+            await session.no_more_files()
+            await session.end()
+            return
+        from pveplug.backup import Backup
+
+        await session.accept_start()
+        await Backup(backup, node, session, api, local).run()
+    await session.no_more_files()
+    # Nothing waits for the verdict: segments need no commit (docs/cbt.md).
+    status = await session.job_status()
+    import logging
+
+    logging.getLogger(__name__).info("job ended status=%s", status)
+    await session.confirm_status()
+    await session.end()
+
+
+async def open_api(connection: Connection) -> PveApi:
+    """Return the API for a connection; its secret is read here, in a thread."""
+    import asyncio
+
+    from pveplug.config import TokenLogin
+    from pveplug.pve import Endpoint, PveApi, TicketAuth, TokenAuth
+
+    login = await asyncio.to_thread(connection.resolve)
+    auth: TokenAuth | TicketAuth
+    if isinstance(login, TokenLogin):
+        own_log.register_secret(login.secret.reveal())
+        auth = TokenAuth(login.token_id, login.secret.reveal())
+    else:
+        own_log.register_secret(login.password.reveal())
+        auth = TicketAuth(login.user, login.password.reveal())
+    endpoint = Endpoint(
+        connection.host,
+        connection.port,
+        connection.fingerprints,
+        connection.ca_file,
+        connection.insecure,
+        connection.timeout_s,
+    )
+    return PveApi(endpoint, auth)
+
+
+if __name__ == "__main__":
+    main()

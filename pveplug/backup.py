@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Backup engine: VMs of this node into the files of a Bacula job.
+
+For each VM, one after the other::
+
+    hold ── point in time ── scan all disks ── per disk: image ── its papers ── release
+                                                 │                  │
+                                        /@proxmox/…/scsi0.qcow2   vm.conf, manifest,
+                                                                  restore objects
+
+A VM that can't even be begun (locked, gone) doesn't keep the others from their backup;
+the job fails at its end all the same. Once a disk's data flows, any failure ends the
+job at once: nothing may follow a file that is not whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from pveplug import __version__
+from pveplug.bacula import BaculaSession, FileInfo
+from pveplug.cbt import Level, chain_id
+from pveplug.config import BackupConfig, level_warning
+from pveplug.diskstream import DiskStream, RateLimit, give_back_unread, scan
+from pveplug.errors import JobError, NbdError, PveplugError, TransportError
+from pveplug.images.clusters import ClusterMap
+from pveplug.images.digests import DigestWriter
+from pveplug.images.manifest import (
+    CONFIG_FILE,
+    FIREWALL_FILE,
+    MANIFEST_FILE,
+    DiskEntry,
+    Manifest,
+    backing_name,
+    digest_file,
+    image_file,
+    job_directory,
+)
+from pveplug.images.restore_object import encode_objects
+from pveplug.nbd.client import NbdClient, connect
+from pveplug.node import Node
+from pveplug.parameters import restore_template
+from pveplug.progress import reporting, summary
+from pveplug.pve import PveApi
+from pveplug.pve_local import PveLocal
+from pveplug.scratch import watch
+from pveplug.selection import VmSummary, select
+from pveplug.source import Opened, ReadableDisk, open_vm
+from pveplug.tasks import first_failure
+from pveplug.units import KiB
+from pveplug.vmhold import held
+
+log = logging.getLogger(__name__)
+
+EINVAL = 22
+
+
+@dataclass(slots=True)
+class _Disk:
+    """A disk on its way into the job."""
+
+    source: ReadableDisk
+    client: NbdClient
+    clusters: ClusterMap
+    digest: DigestWriter | None
+    stream: DiskStream
+    began: float = 0.0
+    seconds: float = 0.0
+
+
+class Backup:
+    """One backup job; ``run`` once."""
+
+    def __init__(
+        self,
+        config: BackupConfig,
+        node: Node,
+        session: BaculaSession,
+        api: PveApi,
+        local: PveLocal,
+    ) -> None:
+        self._config = config
+        self._node = node
+        self._session = session
+        self._api = api
+        self._local = local
+        self._here = config.connection.node
+        self._limit = RateLimit(config.capture.bwlimit * KiB)
+        self._offsets = config.capture.offsets and session.offsets
+        self._streaming = False
+        self._offered = False
+
+    async def run(self) -> None:
+        """Back up every VM that the configuration selects.
+
+        Raises:
+            JobError: at least one VM is not (or not wholly) in this job.
+        """
+        if text := level_warning(self._config.backup_type, self._session.job.level):
+            self._session.warning(text)
+        if self._config.capture.offsets and self._session.job.interface == 14:
+            self._session.warning(
+                "Bacula 9.6 stores data with offsets unencrypted even when the FileSet "
+                "encrypts; set offsets=no if it does"
+            )
+        chosen = await self._selected()
+        failures: list[tuple[VmSummary, PveplugError]] = []
+        for vm in chosen:
+            try:
+                await self._back_up(vm)
+            except PveplugError as error:
+                if self._streaming or len(chosen) == 1:
+                    raise
+                log.warning("vm=%s failed", vm.vmid, exc_info=True)
+                self._session.error(str(error))
+                failures.append((vm, error))
+        if failures:
+            names = ", ".join(f"{vm.vmid} ({vm.name})" for vm, _ in failures)
+            raise JobError(
+                f"{len(failures)} of {len(chosen)} VMs were not backed up: {names}; "
+                f"the first failed with: {failures[0][1]}"
+            ) from failures[0][1]
+
+    async def _selected(self) -> tuple[VmSummary, ...]:
+        resources = await self._api.resources()
+        vms = [
+            VmSummary(r.vmid, r.name, r.node, r.pool, r.tags, r.template, r.status)
+            for r in resources
+        ]
+        selected = select(vms, self._config.selection, node=self._here)
+        for note in selected.notes:
+            self._session.info(note)
+        if len(selected.chosen) > 1:
+            ids = ", ".join(str(vm.vmid) for vm in selected.chosen)
+            self._session.info(f"{len(selected.chosen)} VMs to back up: {ids}")
+        return selected.chosen
+
+    async def _back_up(self, vm: VmSummary) -> None:
+        job = self._session.job
+        level = Level(job.level or "F", job.prev_job or None, job.since or None)
+        async with (
+            held(
+                self._node,
+                self._local,
+                vm.vmid,
+                job=job.name,
+                kind="backup",
+                lock_wait_s=self._config.capture.lock_wait,
+                lock_now=lambda: self._lock_of(vm),
+                say=self._session,
+            ) as hold,
+            open_vm(
+                self._config.capture,
+                self._config.selection.exclude_disk,
+                self._node,
+                self._api,
+                self._local,
+                self._here,
+                vm,
+                hold.journal,
+                job=job.name,
+                level=level,
+                say=self._session,
+            ) as opened,
+        ):
+            await self._send_vm(opened, level)
+
+    async def _lock_of(self, vm: VmSummary) -> str:
+        return (await self._api.vm_config(self._here, vm.vmid)).lock
+
+    async def _send_vm(self, opened: Opened, level: Level) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            disks = await self._scan_all(opened, stack)
+            async with first_failure() as tasks:
+                side = [
+                    tasks.create_task(self._gone(), name="bacula-fd"),
+                    tasks.create_task(
+                        reporting(
+                            self._session,
+                            f"VM {opened.vm.vmid}",
+                            [(disk.source.key, disk.stream.progress) for disk in disks],
+                            self._config.capture.progress_interval,
+                        ),
+                        name="progress",
+                    ),
+                ]
+                if opened.watched:
+                    side.append(
+                        tasks.create_task(watch(opened.watched), name="scratch")
+                    )
+                await self._send_disks(opened, disks)
+                for task in side:
+                    task.cancel()
+            await self._send_papers(opened, disks, level)
+        self._session.info(
+            f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
+            f"{opened.consistency}"
+        )
+
+    async def _gone(self) -> None:
+        await self._session.closed.wait()
+        raise TransportError("bacula-fd closed the pipe: the job has ended there")
+
+    async def _scan_all(
+        self, opened: Opened, stack: contextlib.AsyncExitStack
+    ) -> list[_Disk]:
+        """Look at every disk, a few at a time; nothing is read yet."""
+        some = asyncio.Semaphore(self._config.capture.max_parallel_disks)
+
+        async def one(
+            source: ReadableDisk,
+        ) -> tuple[ReadableDisk, NbdClient, ClusterMap]:
+            async with some, _named(opened, source, "scan"):
+                contexts = ["base:allocation"]
+                if source.context:
+                    contexts.append(source.context)
+                client = await connect(source.address, source.export, contexts=contexts)
+                stack.push_async_callback(client.aclose)
+                if client.size != source.size:
+                    raise JobError(
+                        f"its export has {client.size} bytes instead of {source.size}"
+                    )
+                if "base:allocation" not in client.contexts:
+                    self._session.warning(
+                        f"VM {opened.vm.vmid} {source.key}: the export tells no "
+                        "allocation; all of it is read"
+                    )
+                clusters = await scan(
+                    client, context=source.context, known=source.parent_size
+                )
+                if source.trim:
+                    await give_back_unread(client, clusters)
+                return source, client, clusters
+
+        async with first_failure() as tasks:
+            found = [tasks.create_task(one(source)) for source in opened.disks]
+        disks = []
+        for task in found:
+            source, client, clusters = task.result()
+            backing = (
+                backing_name(source.parent_job, source.key)
+                if source.parent_job
+                else None
+            )
+            digest = None
+            if self._config.capture.digests:
+                digest = DigestWriter(clusters, overlay=backing is not None)
+            stream = DiskStream(
+                client,
+                clusters,
+                backing=backing,
+                trim=source.trim,
+                limit=self._limit,
+                digest=digest,
+            )
+            stack.push_async_callback(stream.aclose)
+            disks.append(_Disk(source, client, clusters, digest, stream))
+        return disks
+
+    async def _send_disks(self, opened: Opened, disks: list[_Disk]) -> None:
+        """Send the images one after the other; the next ones read ahead meanwhile."""
+        ahead = self._config.capture.max_parallel_disks
+        for number, disk in enumerate(disks):
+            for other in disks[number : number + ahead]:
+                other.stream.prefetch()
+            disk.began = time.monotonic()
+            info = FileInfo(
+                f"{self._directory(opened)}/{image_file(disk.source.key)}",
+                disk.stream.file_size,
+                mtime=opened.started,
+            )
+            self._streaming = True
+            async with (
+                _named(opened, disk.source, "read"),
+                self._session.file(info, offsets=self._offsets) as out,
+            ):
+                await disk.stream.send(out)
+            self._streaming = False
+            disk.seconds = time.monotonic() - disk.began
+            self._session.info(
+                summary(
+                    f"VM {opened.vm.vmid} {disk.source.key}",
+                    disk.source,
+                    disk.clusters,
+                    disk.stream.progress,
+                    opened.consistency,
+                    disk.seconds,
+                )
+            )
+
+    def _directory(self, opened: Opened) -> str:
+        return job_directory(opened.vm.vmid, opened.uuid, self._session.job.name)
+
+    async def _send_papers(
+        self, opened: Opened, disks: list[_Disk], level: Level
+    ) -> None:
+        """Send what describes the images, and what the catalogue shall know of them."""
+        entries = []
+        for disk in disks:
+            root = ""
+            if disk.digest is not None:
+                sidecar, root = disk.digest.finish()
+                await self._send_file(opened, digest_file(disk.source.key), sidecar)
+            entries.append(_entry(disk, root))
+        manifest = Manifest(
+            vmid=opened.vm.vmid,
+            uuid=opened.uuid,
+            vm_name=opened.vm.name,
+            job=self._session.job.name,
+            parent_job=level.parent_job if level.letter != "F" else None,
+            level=level.letter,
+            started=opened.started,
+            node=self._here,
+            consistency=opened.consistency,
+            config=opened.config_text,
+            firewall=opened.firewall,
+            disks=tuple(entries),
+            versions={
+                "pveplug": __version__,
+                "bacula-interface": str(self._session.job.interface),
+                **opened.versions,
+            },
+            left_out=dict(opened.left_out),
+            chain=chain_id(self._session.job.name),
+            template=opened.vm.template,
+        )
+        await self._send_file(opened, CONFIG_FILE, opened.config_text.encode())
+        if opened.firewall is not None:
+            await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
+        await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
+        maps = {disk.source.key: disk.clusters for disk in disks}
+        for name, content in encode_objects(manifest, maps):
+            await self._session.restore_object(name, content)
+        if level.letter == "F" and not self._offered:
+            await self._session.plugin_config("pveplug.ini", restore_template())
+            self._offered = True
+
+    async def _send_file(self, opened: Opened, name: str, content: bytes) -> None:
+        info = FileInfo(
+            f"{self._directory(opened)}/{name}", len(content), mtime=opened.started
+        )
+        self._streaming = True
+        async with self._session.file(info, offsets=False) as out:
+            await out.write(0, content)
+        self._streaming = False
+
+
+def _entry(disk: _Disk, root: str) -> DiskEntry:
+    source = disk.source
+    return DiskEntry(
+        key=source.key,
+        size=source.size,
+        format=source.format,
+        storage=source.storage,
+        file=image_file(source.key),
+        backing=backing_name(source.parent_job, source.key)
+        if source.parent_job
+        else None,
+        mechanism=source.mechanism,
+        reason=source.whole or "",
+        data_bytes=disk.clusters.data_bytes,
+        zero_bytes=disk.clusters.zero_bytes,
+        digest_root=root,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _named(
+    opened: Opened, source: ReadableDisk, phase: str
+) -> AsyncIterator[None]:
+    """Give an error the name of its VM, disk and phase."""
+    try:
+        yield
+    except JobError:
+        raise
+    except NbdError as error:
+        if error.errno == EINVAL and source.mechanism == "cbw":
+            raise JobError(
+                "the point in time broke: its scratch store was full or too slow for "
+                "the guest's writes (the guest is unharmed).",
+                vm=str(opened.vm.vmid),
+                disk=source.key,
+                phase=phase,
+                remedy="more or faster scratch space: scratch_dir or fleecing_storage.",
+            ) from error
+        raise _failed(opened, source, phase, error) from error
+    except PveplugError as error:
+        raise _failed(opened, source, phase, error) from error
+
+
+def _failed(
+    opened: Opened, source: ReadableDisk, phase: str, error: PveplugError
+) -> JobError:
+    remedy = None
+    if isinstance(error, TransportError):
+        remedy = "see whether the VM was stopped or QEMU died; then run the job again."
+    return JobError(
+        str(error), vm=str(opened.vm.vmid), disk=source.key, phase=phase, remedy=remedy
+    )

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One disk from NBD into one file of Bacula: scan, then stream.
+
+::
+
+    BLOCK_STATUS ─ extents ─► ClusterMap ─► Qcow2StreamWriter ─► pieces in file order
+                                                                     │
+    NBD READ ──── slots of a run, in order ── zero test, digest ─────┴─► FileSink
+
+The map is made first, so the whole layout of the image is known before a byte is read;
+what turns out to be zero while it is read stays a hole in the file. Memory: two bits
+per 64 KiB of disk, and the reader's slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from pveplug.errors import IntegrityError
+from pveplug.extents import Extent, Kind
+from pveplug.images.clusters import ClusterMap
+from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
+from pveplug.nbd.client import NbdClient
+from pveplug.nbd.source import OrderedReader, Slot, extents, is_zero
+from pveplug.units import CLUSTER, KiB, MiB, round_down
+
+TRIM_STEP: Final = 4 * MiB
+"""Give scratch space back in pieces of this size: one request per 4 MiB read."""
+TRIM_AHEAD: Final = 4 * MiB
+"""Shortest run that will not be read and is given back before reading begins."""
+
+
+class FileSink(Protocol):
+    """Where the image goes."""
+
+    async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
+        """Take bytes for ``offset``; the buffers may be reused when it returns."""
+
+
+class Digest(Protocol):
+    """What wants to see the data as it passes."""
+
+    def update(self, guest_offset: int, view: memoryview) -> None: ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """Bytes so far; ``total`` is what is to be read."""
+
+    total: int = 0
+    read: int = 0
+    sent: int = 0
+    zero: int = 0
+    """Read, found to be zero and left out."""
+
+
+class RateLimit:
+    """A bandwidth limit over one or more readers; ``rate`` in bytes/s, 0 is none."""
+
+    def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._free_at = clock()
+
+    async def spend(self, size: int) -> None:
+        """Wait until ``size`` more bytes fit the rate."""
+        if not self._rate:
+            return
+        now = self._clock()
+        # At most a second of unused rate is carried over.
+        self._free_at = max(self._free_at, now - 1.0) + size / self._rate
+        if self._free_at > now:
+            await asyncio.sleep(self._free_at - now)
+
+
+async def scan(client: NbdClient, *, context: str | None, known: int) -> ClusterMap:
+    """Return what an image of this export has to carry.
+
+    Args:
+        context: the dirty bitmap's meta context; None: everything.
+        known: with a context, the disk's size at the parent job; what lies beyond is
+            new, whatever the bitmap says (a grown bitmap's tail starts clean).
+    """
+    clusters = ClusterMap(client.size)
+    tail = 0
+    if context is not None:
+        tail = min(round_down(known, CLUSTER), client.size)
+        async for extent in extents(client, dirty=context):
+            clusters.mark(extent)
+    if context is None or known < client.size:
+        async for extent in extents(client, start=tail):
+            clusters.mark(extent)
+    return clusters
+
+
+async def give_back_unread(client: NbdClient, clusters: ClusterMap) -> None:
+    """TRIM what will not be read, so that guest writes there need no copy.
+
+    A trimmed range can't be read again, and nobody will.
+    """
+    for run in clusters.runs():
+        if run.kind is not Kind.DATA and run.length >= TRIM_AHEAD:
+            await _trim(client, run.offset, run.length)
+
+
+async def _trim(client: NbdClient, offset: int, length: int) -> None:
+    while length > 0:
+        step = min(length, 1024 * MiB)
+        await client.trim(offset, step)
+        offset += step
+        length -= step
+
+
+class DiskStream:
+    """Streams one disk as a qcow2 image; ``prefetch`` may begin before its turn."""
+
+    def __init__(
+        self,
+        client: NbdClient,
+        clusters: ClusterMap,
+        *,
+        backing: str | None,
+        trim: bool,
+        limit: RateLimit,
+        digest: Digest | None = None,
+    ) -> None:
+        self._client = client
+        self._writer = Qcow2StreamWriter(clusters, backing=backing)
+        self._trim = trim
+        self._limit = limit
+        self._digest = digest
+        self._reader = OrderedReader(client, request_bytes=512 * KiB)
+        self._slots: AsyncIterator[Slot] | None = None
+        self._first: asyncio.Task[Slot | None] | None = None
+        self._trimmed = Extent(0, 1, Kind.CLEAN)
+        self.progress = Progress(total=clusters.data_bytes)
+        self.file_size = self._writer.file_size
+
+    def prefetch(self) -> None:
+        """Begin to read ahead, up to the reader's slots, and wait there."""
+        if self._first is None:
+            self._slots = self._reader.read(self._runs())
+            self._first = asyncio.create_task(
+                self._next_slot(self._slots), name="prefetch"
+            )
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        for piece in self._writer.pieces():
+            if isinstance(piece, DataRun):
+                yield piece.guest_offset, piece.length
+
+    @staticmethod
+    async def _next_slot(slots: AsyncIterator[Slot]) -> Slot | None:
+        return await anext(slots, None)
+
+    async def send(self, out: FileSink) -> None:
+        """Write the whole image to ``out``.
+
+        Raises:
+            NbdError, TransportError: a read failed; the point in time may be broken.
+        """
+        self.prefetch()
+        slots, first = self._slots, self._first
+        if slots is None or first is None:
+            raise IntegrityError("the disk was not opened")
+        pending: Slot | None = await first
+        async with aclosing(slots):  # type: ignore[type-var]
+            used = 0  # bytes of the pending slot that are already written
+            for piece in self._writer.pieces():
+                if isinstance(piece, Metadata):
+                    await out.write(piece.file_offset, piece.data)
+                    self.progress.sent += piece.length
+                    continue
+                at, end = piece.guest_offset, piece.guest_offset + piece.length
+                while at < end:
+                    if pending is None or pending.offset + used != at:
+                        raise IntegrityError(f"expected the disk's bytes at {at}")
+                    length = min(pending.length - used, end - at)
+                    place = piece.file_offset + (at - piece.guest_offset)
+                    await self._send_slot(out, place, pending, used, length)
+                    at += length
+                    used += length
+                    if used == pending.length:
+                        pending, used = await anext(slots, None), 0
+        if pending is not None:
+            raise IntegrityError(f"more was read than the image holds: {pending}")
+        await self._flush_trim()
+
+    async def _send_slot(
+        self, out: FileSink, place: int, slot: Slot, start: int, length: int
+    ) -> None:
+        """Send a part of a slot without its zero clusters."""
+        await self._limit.spend(length)
+        if self._digest is not None:
+            self._digest.update(slot.offset + start, slot.view[start : start + length])
+        end = start + length
+        run = start  # where the run of clusters that aren't zero began
+        at = start
+        while at < end:
+            step = min(CLUSTER, end - at)
+            if is_zero(slot.buffer, at, step):
+                if run < at:
+                    await self._write(out, place + run - start, slot.view[run:at])
+                self.progress.zero += step
+                run = at + step
+            at += step
+        if run < end:
+            await self._write(out, place + run - start, slot.view[run:end])
+        self.progress.read += length
+        if self._trim:
+            await self._give_back(slot.offset + start, length)
+
+    async def _write(self, out: FileSink, place: int, view: memoryview) -> None:
+        await out.write(place, view)
+        self.progress.sent += len(view)
+
+    async def _give_back(self, offset: int, length: int) -> None:
+        """TRIM what has been sent; it can't be read again, so a broken stream fails."""
+        last = self._trimmed
+        if last.end == offset and last.kind is Kind.DATA:
+            self._trimmed = Extent(last.offset, last.length + length, Kind.DATA)
+        else:
+            await self._flush_trim()
+            self._trimmed = Extent(offset, length, Kind.DATA)
+        if self._trimmed.length >= TRIM_STEP:
+            await self._flush_trim()
+
+    async def _flush_trim(self) -> None:
+        pending, self._trimmed = self._trimmed, Extent(0, 1, Kind.CLEAN)
+        if pending.kind is Kind.DATA:
+            await _trim(self._client, pending.offset, pending.length)
+
+    async def aclose(self) -> None:
+        """Stop reading ahead."""
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
+        elif self._first is not None and not self._first.cancelled():
+            self._first.exception()  # seen here where send() never asked
+        if self._slots is not None:
+            await self._slots.aclose()  # type: ignore[attr-defined]

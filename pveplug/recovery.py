@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Undoing what a dead job has left on a VM: from its journal, and from names.
+
+Runs at the start of the next job on that VM, and as ``--cleanup JOB`` right after a job
+that ended uncleanly. It has no credentials: everything goes through this node's own
+sockets and root programs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from pveplug.cleanup import clean_up
+from pveplug.errors import JobError, PveplugError, TransportError
+from pveplug.events import Reporter
+from pveplug.journal import Entry, entries_of, forget, own_vm, read_entry
+from pveplug.node import Node
+from pveplug.pve_local import PveLocal
+from pveplug.qga import GuestAgent
+
+log = logging.getLogger(__name__)
+AGENT_S: Final = 5.0
+OWNER_GONE_S: Final = 25.0
+
+
+async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
+    """Undo a dead job's traces; the caller holds the VM with ``own_vm``.
+
+    Returns: what was done, for the job log.
+
+    Raises:
+        JobError: something is left; the journal stays for the next attempt.
+    """
+    did: list[str] = []
+    failed: list[str] = []
+
+    async def step(what: str, action: Callable[[], object]) -> None:
+        try:
+            result = action()
+            if asyncio.iscoroutine(result):
+                result = await result
+        except (PveplugError, OSError) as error:
+            failed.append(f"{what}: {error}")
+        else:
+            if result is not False:
+                did.append(what)
+
+    running = local.vm_running(entry.vmid) is not None
+    if running and entry.frozen:
+        await step("thawed the guest", lambda: _thaw(node, entry.vmid))
+    if running and entry.touched:
+        await step("freed QEMU of the backup's nodes", lambda: _free_qemu(node, entry))
+    if not any(text.startswith("freed QEMU") for text in failed):
+        for path in entry.files:
+            await step(f"removed {path}", lambda path=path: _remove(path))  # type: ignore[misc]
+    if entry.created:
+        await step(
+            f"destroyed the unfinished VM {entry.vmid}",
+            lambda: local.destroy_vm(entry.vmid),
+        )
+    for volid in entry.volumes:
+        await step(f"freed {volid}", lambda volid=volid: _free(local, volid))  # type: ignore[misc]
+    for volid in entry.active:
+        if not running:
+            await step(
+                f"deactivated {volid}",
+                lambda volid=volid: local.deactivate(volid),  # type: ignore[misc]
+            )
+    if entry.locked and not entry.created:
+        await step("unlocked the VM", lambda: local.unlock(entry.vmid))
+    if failed:
+        raise JobError(
+            f"could not undo what job {entry.job} left: {'; '.join(failed)}.",
+            vm=str(entry.vmid),
+            phase="recovery",
+            remedy="mend that and run `podheitor-proxmox-backend --cleanup "
+            f"{entry.job}` or the next backup of the VM.",
+        )
+    forget(node.state_dir, entry.vmid)
+    log.info("recovered vm=%s job=%s did=%s", entry.vmid, entry.job, "; ".join(did))
+    return did
+
+
+async def _thaw(node: Node, vmid: int) -> bool:
+    agent = GuestAgent(node.qga_socket(vmid))
+    deadline = asyncio.get_running_loop().time() + AGENT_S * 3
+    while True:
+        try:
+            if await asyncio.to_thread(agent.freeze_status, AGENT_S) != "frozen":
+                return False
+            await asyncio.to_thread(agent.thaw, AGENT_S)
+        except TransportError:
+            # The channel serves one client; PVE or our watchdog may be at it.
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(0.5)
+        else:
+            return True
+
+
+async def _free_qemu(node: Node, entry: Entry) -> bool:
+    try:
+        return bool(await clean_up(node.qmp_socket(entry.vmid), entry.nbd_socket))
+    except TransportError as error:
+        log.info("vm=%s went away: %s", entry.vmid, error)
+        return False
+
+
+def _remove(path: str) -> bool:
+    there = Path(path).exists()
+    Path(path).unlink(missing_ok=True)
+    return there
+
+
+async def _free(local: PveLocal, volid: str) -> bool:
+    if not await local.volume_exists(volid):
+        return False
+    await local.free_volume(volid)
+    return True
+
+
+async def recover_vm(node: Node, local: PveLocal, vmid: int) -> list[str]:
+    """Recover a VM that the caller holds, if a journal is there."""
+    entry = read_entry(node.state_dir, vmid)
+    return await recover(node, local, entry) if entry else []
+
+
+async def clean_up_job(node: Node, job: str, say: Reporter) -> bool:
+    """Undo everything a dead job left on this node; whether all of it went well."""
+    local = PveLocal(node)
+    well = True
+    for found in list(entries_of(node.state_dir, job)):
+        try:
+            async with own_vm(node.state_dir, found.vmid, OWNER_GONE_S):
+                entry = read_entry(node.state_dir, found.vmid)
+                if entry is None or entry.job != job:
+                    continue  # the next job has done it
+                for line in await recover(node, local, entry):
+                    say.info(f"VM {found.vmid}: {line}")
+        except PveplugError as error:
+            say.error(str(error))
+            well = False
+    return well

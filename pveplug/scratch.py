@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scratch images: where the old content of overwritten blocks waits to be read.
+
+They go into a local directory, or onto a PVE storage (``fleecing_storage``). With the
+*fleece* mechanism a full scratch store fails the guest's write, so its free space is
+watched and the backup is ended in time; with *cbw* QEMU itself ends the backup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Final, Protocol
+
+from pveplug.errors import CommandError, IntegrityError, JobError, PveplugError
+from pveplug.journal import Journal
+from pveplug.snapshot import ScratchFile
+from pveplug.units import GiB, MiB, human
+
+RESERVE: Final = 256 * MiB
+"""Least free space below which a fleecing backup is ended: 2 s of a fast disk."""
+WATCH_S: Final = 0.5
+CREATE_TIMEOUT_S: Final = 60.0
+
+
+class VolumeStore(Protocol):
+    """What is needed of a PVE storage."""
+
+    async def allocate(self, name: str, size: int, fmt: str) -> tuple[str, str]:
+        """Allocate a volume; return its id and the path it is reached at."""
+
+    async def free(self, volid: str) -> None:
+        """Free a volume."""
+
+
+async def _qemu_img_create(qemu_img: str, path: str, size: int) -> None:
+    argv = [qemu_img, "create", "-q", "-f", "qcow2", path, str(size)]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise CommandError(argv, 127, str(error)) from error
+    try:
+        async with asyncio.timeout(CREATE_TIMEOUT_S):
+            _, said = await process.communicate()
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        raise CommandError(argv, process.returncode, said.decode(errors="replace"))
+
+
+class LocalScratch:
+    """Sparse qcow2 images in a directory of this node."""
+
+    def __init__(self, directory: str, vmid: int, qemu_img: str, log: Journal) -> None:
+        self.directory = directory
+        self._prefix = f"{directory}/ph-{vmid}"
+        self._qemu_img = qemu_img
+        self._journal = log
+        self._made: list[str] = []
+        self.watched: set[str] = {directory}
+        """Directories whose free space a fleecing backup depends on."""
+
+    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+        """Make an image; a left-over of the same name is replaced.
+
+        Raises:
+            CommandError, JobError: it can't be made, the directory says why.
+        """
+        try:
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise JobError(
+                f"cannot use the scratch directory {self.directory}: {error}.",
+                disk=key,
+                phase="scratch",
+                remedy="set scratch_dir or fleecing_storage.",
+            ) from error
+        path = f"{self._prefix}-{key}.qcow2"
+        self._journal.add("files", path)
+        self._made.append(path)
+        await _qemu_img_create(self._qemu_img, path, size)
+        os.chmod(path, 0o600)
+        return ScratchFile(path, "qcow2", "file")
+
+    async def remove(self) -> None:
+        """Remove every image made."""
+        while self._made:
+            path = self._made.pop()
+            _unlink(path)
+            self._journal.drop("files", path)
+
+
+class StorageScratch:
+    """Images on a PVE storage, named ``vm-<vmid>-fleece-<n>`` as PVE names its own.
+
+    File storages take sparse qcow2. Block storages take raw volumes, which can't have
+    a backing file: there only the cbw mechanism works, and what must have one (EFI
+    variables) goes to the local directory.
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        vmid: int,
+        *,
+        qcow2: bool,
+        local: LocalScratch,
+        log: Journal,
+    ) -> None:
+        self._store = store
+        self._vmid = vmid
+        self._qcow2 = qcow2
+        self._local = local
+        self._journal = log
+        self._made: list[str] = []
+        self._count = 0
+        self.watched = local.watched
+
+    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+        """Allocate an image.
+
+        Raises:
+            PveplugError: the storage refused, e.g. because it is full.
+        """
+        if backing and not self._qcow2:
+            if size > GiB:
+                raise JobError(
+                    "fleecing_storage must hold qcow2 files for this version of QEMU.",
+                    disk=key,
+                    phase="scratch",
+                    remedy="name a directory or NFS storage, or leave it out.",
+                )
+            return await self._local.create(key, size, backing=True)
+        fmt = "qcow2" if self._qcow2 else "raw"
+        name = f"vm-{self._vmid}-fleece-{self._count}" + (
+            ".qcow2" if self._qcow2 else ""
+        )
+        self._count += 1
+        volid, path = await self._store.allocate(name, size, fmt)
+        self._journal.add("volumes", volid)
+        self._made.append(volid)
+        if fmt == "raw":
+            driver = "host_device" if path.startswith("/dev/") else "file"
+            return ScratchFile(path, "raw", driver)  # type: ignore[arg-type]
+        self.watched.add(os.path.dirname(path))
+        return ScratchFile(path, "qcow2", "file")
+
+    async def remove(self) -> None:
+        """Free every image made; what can't be freed is named in one error."""
+        await self._local.remove()
+        left: list[str] = []
+        cause: PveplugError | None = None
+        while self._made:
+            volid = self._made.pop()
+            try:
+                await self._store.free(volid)
+            except PveplugError as error:
+                left.append(volid)
+                cause = error
+            else:
+                self._journal.drop("volumes", volid)
+        if left:
+            raise JobError(
+                f"could not free {', '.join(left)}: {cause}",
+                phase="scratch",
+                remedy=f"pvesm free {left[0]}",
+            ) from cause
+
+
+async def watch(directories: set[str], reserve: int = RESERVE) -> None:
+    """Return never; raise when a scratch store is about to run full.
+
+    Raises:
+        IntegrityError: free space fell below the reserve; end the backup now.
+    """
+    while True:
+        for directory in sorted(directories):
+            found = os.statvfs(directory)
+            free = found.f_bavail * found.f_frsize
+            if free < reserve:
+                raise IntegrityError(
+                    f"only {human(free)} left in {directory}; the backup is ended "
+                    "before a full scratch store hurts the guest (set scratch_dir or "
+                    "fleecing_storage to a larger place)"
+                )
+        await asyncio.sleep(WATCH_S)
+
+
+def _unlink(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
