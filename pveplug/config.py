@@ -31,6 +31,7 @@ from pveplug.pluginstring import (
 from pveplug.secrets import Origin, Secret, SecretSource
 from pveplug.selection import Selection
 from pveplug.values import Mapped
+from pveplug.vmrestore import Wishes
 
 _LEVELS: Final = {"F": "full", "I": "incremental", "D": "differential"}
 _CREDENTIALS: Final = (
@@ -172,6 +173,19 @@ class RestoreConfig:
     pool: str | None = None
     bwlimit: int = 0
     warnings: tuple[str, ...] = ()
+
+    @property
+    def wishes(self) -> Wishes:
+        """The options that shape the restored VM's configuration."""
+        return Wishes(
+            storage=self.storage,
+            storage_map=self.storage_map,
+            bridge_map=self.bridge_map,
+            mac=self.mac,
+            uuid=self.uuid,
+            name=self.name,
+            disk_format=self.disk_format,
+        )
 
     def vmid_for(self, source: int) -> int | None:
         """Return the id that the backup of VM ``source`` goes to; None: the next free.

@@ -40,6 +40,14 @@ _LATE: Final = frozenset("boot bootdisk onboot protection".split())
 _DROPPED_OPTIONS: Final = frozenset(
     "file format import-from media replicate size snapshot volume".split()
 )
+# Proxmox VE 8 refuses the whole call over one of these; None is the key itself.
+_SINCE_9: Final[dict[str, str | None]] = {
+    "allow-ksm": None,
+    "intel-tdx": None,
+    "agent": "guest-fsfreeze",
+    "machine": "aw-bits",
+    "net": "host-tunnel",
+}
 _INDEXED: Final = re.compile(r"([a-z]+)([0-9]+)")
 _NET_MODELS: Final = frozenset(
     "e1000 e1000-82540em e1000-82544gc e1000-82545em e1000e i82551 i82557b i82559er "
@@ -72,6 +80,7 @@ class Target:
         machines: machine types its QEMU has; None when not known.
         volumes: volume ids known to exist (ISO images, snippets).
         mappings: names in /cluster/mapping that exist.
+        release: major version of its Proxmox VE; None when not known.
     """
 
     storages: Mapping[str, TargetStorage]
@@ -81,6 +90,7 @@ class Target:
     machines: frozenset[str] | None = None
     volumes: frozenset[str] = frozenset()
     mappings: frozenset[str] = frozenset()
+    release: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +243,9 @@ class _Transform:
                 raise ConfigError(f"vm.conf of the backup does not know disk {key}")
         for key, value in config.items():
             if key not in all_drives:
-                self._key(key, value)
+                understood = self._for_release(key, value)
+                if understood is not None:
+                    self._key(key, understood)
         for key, drive in all_drives.items():
             if key in disk_sizes:
                 disks.append(self.disk(drive, disk_sizes[key], key))
@@ -311,6 +323,25 @@ class _Transform:
                 self._drop(key, f"medium {drive.file} taken out of the drive")
         else:
             self._drop(key, "disk is not in the backup")
+
+    def _for_release(self, key: str, value: str) -> str | None:
+        """Return the value as the target's release knows it, or None."""
+        stem = key.rstrip("0123456789")
+        if self.target.release is None or self.target.release >= 9:
+            return value
+        if stem not in _SINCE_9:
+            return value
+        option = _SINCE_9[stem]
+        if option is None:
+            self._drop(key, f"Proxmox VE {self.target.release} does not have it")
+            return None
+        parts = properties(value, "\0")
+        if parts.pop(option, None) is None:
+            return value
+        self._drop(
+            key, f"{option} taken out: Proxmox VE {self.target.release} lacks it"
+        )
+        return render_properties(parts, "\0")
 
     def _key(self, key: str, value: str) -> None:
         indexed = _INDEXED.fullmatch(key)

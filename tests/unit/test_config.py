@@ -255,6 +255,8 @@ def test_where_lists_use_semicolons():
     )
     assert config.storage_map == Mapped({"a": "b", "c": "d"})
     assert config.disks == ("scsi0", "scsi1")
+    assert config.wishes.mac == "new"
+    assert config.wishes.storage_map == config.storage_map
 
 
 @pytest.mark.parametrize(

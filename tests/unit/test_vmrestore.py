@@ -213,6 +213,20 @@ def test_root_may_set_its_keys_and_a_mapping_that_exists_is_kept():
     assert "hookscript" in dict(made.dropped)
 
 
+def test_proxmox_ve_8_gets_only_what_it_knows():
+    lines = [
+        "agent: 1,guest-fsfreeze=0", "allow-ksm: 0", "machine: q35,aw-bits=48",
+        "net0: virtio=BC:24:11:00:00:01,bridge=vmbr0,host-tunnel=1", "cores: 1",
+    ]  # fmt: skip
+    made = small(lines, release=8)
+    assert made.params == {
+        "agent": "1", "machine": "q35", "cores": "1",
+        "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0",
+    }  # fmt: skip
+    assert set(dict(made.dropped)) == {"agent", "allow-ksm", "machine", "net0"}
+    assert small(lines, release=9).dropped == ()
+
+
 def test_windows_is_pinned_to_the_machine_it_ran_with():
     made = small(
         ["ostype: win11", "machine: q35,viommu=intel"],
