@@ -7,7 +7,7 @@ Imports point down only::
       └─ engines: backup, restore, estimate     each tells one story, alone
           └─ chapters                            what several of the stories tell
               ├─ configuration                   what a job was told
-              └─ adapters                        plain arguments; all not named elsewhere
+              └─ adapters                        plain arguments; all the rest
                   ├─ policy                      pure decisions on values
                   └─ proto, images               sans-I/O
                       └─ foundation              extents, errors, units, events, node

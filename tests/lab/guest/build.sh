@@ -54,9 +54,8 @@ if [ -n "${missing+set}" ]; then
         download "${missing[@]}") || die "download of ${missing[*]} failed"
 fi
 for package in "${packages[@]}"; do
-    for deb in "$debs/${package}"_*.deb; do
-        dpkg-deb -x "$deb" "$unpacked"
-    done
+    found=("$debs/${package}"_*.deb)
+    dpkg-deb -x "$(printf '%s\n' "${found[@]}" | sort -V | tail -n1)" "$unpacked"
 done
 
 # ---- kernel and its modules ----------------------------------------------------------
