@@ -28,6 +28,8 @@ class Node:
     """Holds VMID.qmp, VMID.qga and VMID.pid."""
     qmeventd_socket: str = "/var/run/qmeventd.sock"
     firewall_dir: str = "/etc/pve/firewall"
+    dev_dir: str = "/dev"
+    """Where the links VG/LV of active logical volumes appear."""
     qm: str = "/usr/sbin/qm"
     pvesm: str = "/usr/sbin/pvesm"
     lvchange: str = "/usr/sbin/lvchange"

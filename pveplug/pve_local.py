@@ -32,7 +32,7 @@ _MAX_FIREWALL: Final = 1024 * 1024
 """/etc/pve holds no larger file."""
 _QM_S: Final = 60.0
 _FREE_S: Final = 120.0
-_LVM: Final = re.compile(r"/dev/([\w+.][\w+.\-]*)/([\w+.][\w+.\-]*)")
+_LVM: Final = re.compile(r"/([\w+.][\w+.\-]*)/([\w+.][\w+.\-]*)")
 _NOT_LVM: Final = frozenset(
     {"zvol", "rbd", "rbd-pve", "disk", "mapper", "shm", "pts", "block", "bus", "fd"}
 )
@@ -139,7 +139,7 @@ class PveLocal:
         where = await self.volume_path(volid)
         if _is_there(where):
             return False
-        if not where.startswith("/dev/"):
+        if not where.startswith(f"{self.node.dev_dir}/"):
             if where.startswith("/"):
                 raise ProgramError(
                     [self.node.pvesm, "path", volid],
@@ -147,7 +147,7 @@ class PveLocal:
                     f"{where} does not exist",
                 )
             return False  # rbd:, iscsi:, … are opened by QEMU itself
-        if volume := _logical_volume(where):
+        if volume := _logical_volume(where, self.node.dev_dir):
             # -K: lvmthin snapshots and bases carry "skip activation".
             await self._run([self.node.lvchange, "-ay", "-K", volume])
         if await _appears(where):
@@ -161,7 +161,8 @@ class PveLocal:
 
     async def deactivate(self, volid: str) -> None:
         """Undo :meth:`activate`; nothing for what PVE keeps active itself."""
-        if volume := _logical_volume(await self.volume_path(volid)):
+        where = await self.volume_path(volid)
+        if volume := _logical_volume(where, self.node.dev_dir):
             await self._run([self.node.lvchange, "-an", volume])
 
     async def volume_exists(self, volid: str) -> bool:
@@ -345,9 +346,11 @@ async def _bounded(stream: asyncio.StreamReader | None) -> tuple[bytes, bool]:
     return bytes(kept), overflow
 
 
-def _logical_volume(where: str) -> str | None:
+def _logical_volume(where: str, dev_dir: str) -> str | None:
     """Return ``VG/LV`` for ``/dev/VG/LV``."""
-    found = _LVM.fullmatch(where)
+    if not where.startswith(f"{dev_dir}/"):
+        return None
+    found = _LVM.fullmatch(where.removeprefix(dev_dir))
     if found is None or found.group(1) in _NOT_LVM:
         return None
     return f"{found.group(1)}/{found.group(2)}"

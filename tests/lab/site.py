@@ -230,6 +230,7 @@ class Site:
             "qemu_run_dir": str(node.run_dir),
             "qmeventd_socket": str(node.qmeventd.path),
             "firewall_dir": str(root / "etc/pve/firewall"),
+            "dev_dir": str(root / "dev"),
             "qm": str(root / "usr/sbin/qm"),
             "pvesm": str(root / "usr/sbin/pvesm"),
             "lvchange": str(root / "usr/sbin/lvchange"),
