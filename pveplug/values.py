@@ -77,7 +77,7 @@ class VmidRange:
 
 def items(text: str) -> list[str]:
     """Split a list at commas or semicolons; empty members are an error."""
-    parts = [part.strip() for part in re.split("[,;]", text)]
+    parts = [part.strip() for part in re.split("[,;]", _text(text))]
     if not all(parts):
         raise ValueError("has an empty member; write a,b or a;b")
     return parts

@@ -319,17 +319,40 @@ def test_vmids_for_one_and_for_several_vms():
     assert single.vmid_for(100) == 100
 
 
+# What bconsole of Bacula 15.0.3 made of our menu, word for word, with its final NUL.
+RESTORE_OPTIONS = """\
+# Plugin configuration file
+# Version 1
+# TCP port of the Proxmox VE API
+pve_port=8007
+
+# Id of the restored VM: an id, next, same, or 100:9100,101:next
+restore_vmid="100:9100,101:next"
+
+# Old storage to new, as local-lvm:ceph,nas:local
+storage_map="a:b,c:d"
+
+# Name of the restored VM
+restore_name="web-\\"1\\""
+
+# Start the VM when it is restored
+start_after=yes
+
+\0"""
+
+
 def test_the_restore_options_object_is_read_as_bacula_writes_it():
-    text = (
-        "# Plugin configuration file\n# Version 1\n\n"
-        'OptPrompt="Id of the restored VM"\n'
-        "restore_vmid=120\n\nstart_after=yes\n\n"
-        'restore_name="web"\nmac=\n'
-    )
-    assert option_words(text) == {
-        "restore_vmid": "120", "start_after": "yes", "restore_name": "web"
-    }  # fmt: skip
-    assert parse_restore_options(text)["start_after"] is True
+    assert option_words(RESTORE_OPTIONS) == {
+        "pve_port": "8007",
+        "restore_vmid": "100:9100,101:next",
+        "storage_map": "a:b,c:d",
+        "restore_name": 'web-"1"',
+        "start_after": "yes",
+    }
+    values = parse_restore_options(RESTORE_OPTIONS.replace('\\"', ""))
+    assert values["start_after"] is True
+    assert values["storage_map"] == Mapped({"a": "b", "c": "d"})
+    assert option_words("mac=\n") == {}
     with pytest.raises(ConfigError, match="line 1: not key=value"):
         parse_restore_options("rubbish\n")
     with pytest.raises(ConfigError, match="restore options: unknown parameter"):

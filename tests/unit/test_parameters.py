@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pveplug import values as v
 from pveplug.errors import ConfigError
@@ -157,3 +159,18 @@ def test_a_wrong_secret_is_not_repeated_in_the_message():
     with pytest.raises(ConfigError) as caught:
         PARAMETERS["pve_password"].parse("hunter2\x07")
     assert "hunter2" not in str(caught.value)
+
+
+@given(
+    st.sampled_from(list(PARAMETERS.values())),
+    st.text(max_size=20) | st.text("0123456789,;:-.kKmMgGshd*[]", max_size=20),
+)
+def test_any_text_gives_a_value_or_a_one_line_refusal(row, text):
+    try:
+        row.parse(text)
+    except ConfigError as caught:
+        error = str(caught)
+    else:
+        return
+    assert error.startswith(row.name)
+    assert len(error.splitlines()) == 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -192,3 +193,9 @@ def test_recorded_pve_configurations_are_understood():
         current = parse_config(vm["conf"]).current
         assert parse_config(current_section_text(current)).current == current
         assert list(drives(current))
+
+
+@given(st.text("[]#:=,\nabcPENDIGscsi0123 ", max_size=60))
+def test_any_text_is_a_configuration_or_refused(text):
+    with contextlib.suppress(ConfigError):
+        list(drives(parse_config(text).current))
