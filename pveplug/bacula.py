@@ -139,7 +139,7 @@ class BaculaSession:
         log.error("aborted reason=%r", text)
         if self._aborted:
             return
-        self._say(Status.ABORT, text or "the backend gave up")
+        self._say(Status.ABORT, text)
         self._aborted = True
         try:
             if self._state == "status":
@@ -161,6 +161,10 @@ class BaculaSession:
         writer = self._pipe.writer
         if writer.done >= self._message_mark:
             self._message_bytes = 0
+        if status in (Status.ABORT, Status.ERROR):
+            # The plugin listens no further than the first: all lines in one packet.
+            text = " ".join(text.splitlines()).translate(ptcomm.CONTROL).strip()
+            text = text or "the backend gave no reason"
         packets = ptcomm.message(status, redact(text))
         size = sum(map(len, packets))
         if self._message_bytes + size > MESSAGE_BYTES and status is not Status.ABORT:

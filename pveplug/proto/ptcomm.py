@@ -136,7 +136,7 @@ END_OF_DATA: Final = header(Status.END_OF_DATA, 0)
 TERMINATE: Final = header(Status.TERMINATE, 0)
 
 # Tabs become blanks, every other control character goes: C0, DEL and C1.
-_CONTROL: Final = {code: None for code in (*range(32), *range(127, 160))} | {9: " "}
+CONTROL: Final = {code: None for code in (*range(32), *range(127, 160))} | {9: " "}
 
 
 def message(status: Status, text: str) -> list[bytes]:
@@ -148,7 +148,7 @@ def message(status: Status, text: str) -> list[bytes]:
     lines = [
         clean
         for line in text.splitlines()
-        if (clean := line.translate(_CONTROL).strip())
+        if (clean := line.translate(CONTROL).strip())
     ]
     if len(lines) > MAX_MESSAGE_LINES:
         left_out = len(lines) - MAX_MESSAGE_LINES + 1
