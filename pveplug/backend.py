@@ -19,9 +19,7 @@ from pveplug import log as own_log
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pveplug.bacula import BaculaSession
-    from pveplug.config import Connection
     from pveplug.node import Node
-    from pveplug.pve import PveApi
 
 EX_FAILED = 1
 EX_USAGE = 2
@@ -173,6 +171,7 @@ async def _job(session: BaculaSession, node: Node) -> None:
     backup, warnings = config.parse_backup(session.plugin, node=node)
     for text in warnings:
         session.warning(text)
+    from pveplug.access import open_api
     from pveplug.pve_local import PveLocal
 
     local = PveLocal(node)
@@ -198,32 +197,6 @@ async def _job(session: BaculaSession, node: Node) -> None:
     logging.getLogger(__name__).info("job ended status=%s", status)
     await session.confirm_status()
     await session.end()
-
-
-async def open_api(connection: Connection) -> PveApi:
-    """Return the API for a connection; its secret is read here, in a thread."""
-    import asyncio
-
-    from pveplug.config import TokenLogin
-    from pveplug.pve import Endpoint, PveApi, TicketAuth, TokenAuth
-
-    login = await asyncio.to_thread(connection.resolve)
-    auth: TokenAuth | TicketAuth
-    if isinstance(login, TokenLogin):
-        own_log.register_secret(login.secret.reveal())
-        auth = TokenAuth(login.token_id, login.secret.reveal())
-    else:
-        own_log.register_secret(login.password.reveal())
-        auth = TicketAuth(login.user, login.password.reveal())
-    endpoint = Endpoint(
-        connection.host,
-        connection.port,
-        connection.fingerprints,
-        connection.ca_file,
-        connection.insecure,
-        connection.timeout_s,
-    )
-    return PveApi(endpoint, auth)
 
 
 if __name__ == "__main__":

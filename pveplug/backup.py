@@ -33,6 +33,7 @@ from pveplug.images.digests import DigestWriter
 from pveplug.images.manifest import (
     CONFIG_FILE,
     FIREWALL_FILE,
+    LAYOUT_FILE,
     MANIFEST_FILE,
     DiskEntry,
     Manifest,
@@ -193,6 +194,7 @@ class Backup:
                     side.append(
                         tasks.create_task(watch(opened.watched), name="scratch")
                     )
+                await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
@@ -296,10 +298,21 @@ class Backup:
     def _directory(self, opened: Opened) -> str:
         return job_directory(opened.vm.vmid, opened.uuid, self._session.job.name)
 
+    async def _send_description(
+        self, opened: Opened, disks: list[_Disk], level: Level
+    ) -> None:
+        """Send what a restore without the catalogue's objects must know first."""
+        await self._send_file(opened, CONFIG_FILE, opened.config_text.encode())
+        if opened.firewall is not None:
+            await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
+        entries = [_entry(disk, "") for disk in disks]
+        layout = self._manifest(opened, entries, level)
+        await self._send_file(opened, LAYOUT_FILE, layout.to_json())
+
     async def _send_papers(
         self, opened: Opened, disks: list[_Disk], level: Level
     ) -> None:
-        """Send what describes the images, and what the catalogue shall know of them."""
+        """Send what is known once all is read, and what the catalogue shall keep."""
         entries = []
         for disk in disks:
             root = ""
@@ -307,7 +320,19 @@ class Backup:
                 sidecar, root = disk.digest.finish()
                 await self._send_file(opened, digest_file(disk.source.key), sidecar)
             entries.append(_entry(disk, root))
-        manifest = Manifest(
+        manifest = self._manifest(opened, entries, level)
+        await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
+        maps = {disk.source.key: disk.clusters for disk in disks}
+        for name, content in encode_objects(manifest, maps):
+            await self._session.restore_object(name, content)
+        if level.letter == "F" and not self._offered:
+            await self._session.plugin_config("pveplug.ini", restore_template())
+            self._offered = True
+
+    def _manifest(
+        self, opened: Opened, entries: list[DiskEntry], level: Level
+    ) -> Manifest:
+        return Manifest(
             vmid=opened.vm.vmid,
             uuid=opened.uuid,
             vm_name=opened.vm.name,
@@ -329,16 +354,6 @@ class Backup:
             chain=chain_id(self._session.job.name),
             template=opened.vm.template,
         )
-        await self._send_file(opened, CONFIG_FILE, opened.config_text.encode())
-        if opened.firewall is not None:
-            await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
-        await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
-        maps = {disk.source.key: disk.clusters for disk in disks}
-        for name, content in encode_objects(manifest, maps):
-            await self._session.restore_object(name, content)
-        if level.letter == "F" and not self._offered:
-            await self._session.plugin_config("pveplug.ini", restore_template())
-            self._offered = True
 
     async def _send_file(self, opened: Opened, name: str, content: bytes) -> None:
         info = FileInfo(

@@ -24,6 +24,9 @@ MAX_JSON: Final = 16 * 1024 * 1024
 """A PVE configuration is at most 1 MiB; more than this is not one of ours."""
 
 MANIFEST_FILE: Final = "manifest.json"
+LAYOUT_FILE: Final = "layout.json"
+"""The manifest as it is known before the images: without their digests' roots. It comes
+first in the stream, for a restore that has to do without the catalogue's objects."""
 CONFIG_FILE: Final = "vm.conf"
 FIREWALL_FILE: Final = "firewall.fw"
 

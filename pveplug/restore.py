@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Restore engine: files of Bacula jobs into VMs, or into plain files.
+
+::
+
+    restore objects of all jobs ──► who owns which cluster, how the VM looks
+    files, oldest job first ──► per VM a target, per disk a writer
+    FINISH ──► every VM that is whole is handed over, the others are undone
+
+Where the objects are missing or damaged, the images are replayed in order, led by the
+``layout.json`` that precedes them in every job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import Final
+
+from pveplug.access import open_api
+from pveplug.bacula import BaculaSession
+from pveplug.bacula_files import IncomingFile
+from pveplug.config import RestoreConfig, parse_restore
+from pveplug.diskstream import RateLimit
+from pveplug.errors import (
+    ConfigError,
+    IntegrityError,
+    JobError,
+    PveplugError,
+    RemoteProtocolError,
+)
+from pveplug.images.chain import Chain, JobRecord, by_vm, decode_objects
+from pveplug.images.manifest import LAYOUT_FILE, MAX_JSON, PREFIX, DiskEntry, Manifest
+from pveplug.node import Node
+from pveplug.pve import PveApi
+from pveplug.pve_local import PveLocal
+from pveplug.restore_vm import Goal, VmTarget
+from pveplug.units import KiB
+
+log = logging.getLogger(__name__)
+
+OPTIONS_OBJECT: Final = 28
+OUR_OBJECT: Final = 25
+
+
+@dataclass(slots=True)
+class _Vm:
+    """One VM of the selection."""
+
+    chain: Chain | None
+    why_no_chain: str = ""
+    target: VmTarget | None = None
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """``/@proxmox/100-1a2b3c4d/JOB/scsi0.qcow2``, taken apart."""
+
+    directory: str
+    job: str
+    file: str
+
+
+class Restore:
+    """One restore job; ``run`` once."""
+
+    def __init__(self, session: BaculaSession, node: Node) -> None:
+        self._session = session
+        self._node = node
+        self._vms: dict[str, _Vm] = {}
+        self._damaged: list[str] = []
+
+    async def run(self) -> None:
+        """Restore what the job delivers.
+
+        Raises:
+            JobError, PveplugError: it can't be; nothing half-made is left behind.
+        """
+        session = self._session
+        options: list[str] = []
+        blobs: list[bytes] = []
+        async for found in session.restore_objects():
+            if found.type == OPTIONS_OBJECT:
+                options.append(found.data.decode("utf-8", "replace").rstrip("\0"))
+            elif found.type == OUR_OBJECT and found.name.startswith("pveplug-"):
+                blobs.append(found.data)
+        config = parse_restore(
+            session.plugin, session.job.where, options, node=self._node
+        )
+        session.info(config.reason)
+        for text in config.warnings:
+            session.warning(text)
+        if config.target == "files":
+            await session.objects_done()
+            async for file in session.files():
+                await file.accept("CORE")
+            await session.finish_done()
+            return
+        self._plan(blobs)
+        api = await open_api(config.connection)
+        async with api, contextlib.AsyncExitStack() as stack:
+            local = PveLocal(self._node)
+            await session.objects_done()
+            async for file in session.files():
+                await self._take(file, config, api, local, stack)
+            if not any(vm.target for vm in self._vms.values()):
+                raise JobError(
+                    "Bacula delivered nothing of a VM's disks.",
+                    phase="restore",
+                    remedy=f"select files below {PREFIX}/.",
+                )
+            for vm in self._vms.values():
+                if vm.target is not None:
+                    await vm.target.commit()
+            await session.finish_done()
+
+    def _plan(self, blobs: list[bytes]) -> None:
+        """Find out from the objects what the jobs hold; touches nothing.
+
+        Raises:
+            IntegrityError: a chain has a missing member.
+        """
+        records, problems = decode_objects(blobs)
+        self._damaged = problems
+        for text in problems:
+            self._session.warning(f"restore object: {text}")
+        for directory, group in by_vm(records).items():
+            self._vms[directory] = self._vm_of(group)
+        if not blobs:
+            self._session.warning(
+                "the catalogue has no restore objects of these jobs; their images are "
+                "replayed in order, which writes superseded data too"
+            )
+
+    def _vm_of(self, group: list[JobRecord]) -> _Vm:
+        try:
+            chain = Chain(group)
+        except IntegrityError as error:
+            if not self._damaged:
+                raise JobError(
+                    f"{error}.",
+                    vm=str(group[0].manifest.vmid),
+                    phase="restore",
+                    remedy="restore with 'select current' (bconsole), or give all "
+                    "JobIds of the chain; a single job can be restored to files.",
+                ) from error
+            return _Vm(None, str(error))
+        if chain.unused:
+            self._session.info(
+                f"VM {chain.head.vmid}: not needed: {', '.join(chain.unused)}"
+            )
+        for key in chain.keys:
+            if not chain.mapped(key):
+                self._session.info(
+                    f"VM {chain.head.vmid} {key}: without an extent map; its images "
+                    "are replayed in order"
+                )
+        return _Vm(chain)
+
+    async def _take(
+        self,
+        file: IncomingFile,
+        config: RestoreConfig,
+        api: PveApi,
+        local: PveLocal,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        name = _parse(file.name)
+        if name is None:
+            self._session.warning(f"{file.name} is not of a VM backup; left out")
+            await file.accept("SKIP")
+            return
+        vm = self._vms.setdefault(name.directory, _Vm(None, "no restore objects"))
+        if name.file == LAYOUT_FILE and vm.chain is None:
+            await self._take_layout(file, name, vm)
+            if vm.target is not None:
+                await vm.target.adopt(vm.manifests[name.job])
+            return
+        if not name.file.endswith(".qcow2"):
+            await file.accept("SKIP")
+            return
+        key = name.file.removesuffix(".qcow2")
+        if vm.target is None:
+            vm.target = await self._begin(vm, name, config, api, local, stack)
+        entry = self._entry(vm, name, key)
+        if key not in vm.target.wanted or entry is None:
+            await file.accept("SKIP")
+            return
+        await file.accept("OK")
+        try:
+            writer = await vm.target.writer(key)
+            await writer.receive(name.job, file, entry.digest_root or None)
+        except JobError:
+            raise
+        except (IntegrityError, RemoteProtocolError) as error:
+            raise _failed(vm, key, error, "the backup is damaged") from error
+        except PveplugError as error:
+            raise _failed(vm, key, error, None) from error
+        await file.done()
+
+    async def _take_layout(self, file: IncomingFile, name: _Name, vm: _Vm) -> None:
+        """Learn from the stream what the restore objects should have told."""
+        if file.size > MAX_JSON:
+            raise IntegrityError(f"{file.name} has {file.size} bytes")
+        await file.accept("OK")
+        content = bytearray()
+        async for _, view in file.data():
+            content += view
+            if len(content) > MAX_JSON:
+                raise IntegrityError(f"{file.name} is longer than announced")
+        vm.manifests[name.job] = Manifest.from_json(bytes(content))
+        await file.done()
+
+    async def _begin(
+        self,
+        vm: _Vm,
+        name: _Name,
+        config: RestoreConfig,
+        api: PveApi,
+        local: PveLocal,
+        stack: contextlib.AsyncExitStack,
+    ) -> VmTarget:
+        """Make the target when the first image of a VM comes."""
+        if vm.chain is not None:
+            manifest = vm.chain.head
+        elif name.job in vm.manifests:
+            manifest = vm.manifests[name.job]
+        else:
+            raise JobError(
+                f"nothing describes {name.directory}/{name.job}: neither restore "
+                f"objects ({vm.why_no_chain}) nor {LAYOUT_FILE} came before the disks.",
+                phase="restore",
+                remedy="select the whole directory of the job, or restore to files "
+                "(where=/directory).",
+            )
+        others = [v for v in self._vms.values() if v.target is not None]
+        if (
+            others
+            and config.vmids
+            and config.vmids.default
+            not in (
+                None,
+                "next",
+                "same",
+            )
+        ):
+            raise ConfigError(
+                "restore_vmid names one id, and several VMs are being restored; use "
+                "restore_vmid=OLD:NEW,OLD:NEW",
+                key="restore_vmid",
+            )
+        limit = RateLimit(config.bwlimit * KiB)
+        target = VmTarget(
+            config,
+            self._node,
+            api,
+            local,
+            Goal(manifest, vm.chain),
+            limit,
+            self._session,
+        )
+        stack.push_async_callback(target.aclose)
+        await target.begin(self._session.job.name)
+        return target
+
+    @staticmethod
+    def _entry(vm: _Vm, name: _Name, key: str) -> DiskEntry | None:
+        """Return what is known of an image; None when it has no part in the result."""
+        if vm.chain is not None:
+            return vm.chain.disk(name.job, key)
+        manifest = vm.manifests.get(name.job)
+        return manifest.disk(key) if manifest else None
+
+
+def _failed(vm: _Vm, key: str, error: PveplugError, remedy: str | None) -> JobError:
+    return JobError(
+        str(error),
+        vm=str(vm.target.vmid) if vm.target else None,
+        disk=key,
+        phase="write",
+        remedy=f"{remedy}: try another JobId." if remedy else None,
+    )
+
+
+def _parse(name: str) -> _Name | None:
+    """Take a file name apart, whatever ``where`` stands in front of it."""
+    at = name.rfind(f"{PREFIX}/")
+    if at < 0:
+        return None
+    parts = name[at:].split("/")
+    # "", "@proxmox", VM, JOB, FILE
+    if len(parts) != 5 or not all(parts[1:]):
+        return None
+    return _Name("/".join(parts[:3]), parts[3], parts[4])

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One disk of a restore: images of its chain in, a volume written over NBD.
+
+Two ways to get it right::
+
+    owners known (restore objects)          owners not known
+      Full    D D D D . .                     Full    D D D D . .   written
+      Incr    . D . . D .                     Incr    . D . . D .   written over it
+      written F I F F I .  each once          in the chain's order, or refused
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pveplug.errors import IntegrityError
+from pveplug.extents import Kind
+from pveplug.images.chain import Chain
+from pveplug.images.clusters import ClusterMap
+from pveplug.images.digests import DigestVerifier
+from pveplug.images.manifest import parse_backing
+from pveplug.images.qcow2_reader import (
+    GuestData,
+    GuestZero,
+    ImageHeader,
+    Qcow2StreamReader,
+)
+from pveplug.nbd.client import Address, NbdClient, connect
+from pveplug.nbd.sink import NbdSink
+
+
+class Limit(Protocol):
+    async def spend(self, size: int) -> None: ...
+
+
+class Image(Protocol):
+    """An image as Bacula gives it back."""
+
+    size: int
+
+    def data(self) -> AsyncIterator[tuple[int, memoryview]]:
+        """Its bytes as (offset, view); a view is valid until the next step."""
+
+
+@dataclass(slots=True)
+class Written:
+    """What was done, for the closing line."""
+
+    received: int = 0
+    superseded: int = 0
+    """Bytes a later job has the last word on, not written."""
+    jobs: list[str] = field(default_factory=list)
+
+
+class DiskWriter:
+    """Writes one disk; ``begin`` and ``finish`` an image for each member of its chain.
+
+    Args:
+        key: its name in the newest backup.
+        size: bytes it shall have; None until the first image tells (owners unknown).
+        chain: with the owners; None: images are replayed as they come.
+        zeroed: a fresh volume of this storage reads as zeroes by itself.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        *,
+        chain: Chain | None,
+        zeroed: bool,
+        limit: Limit,
+    ) -> None:
+        self.key = key
+        self.written = Written()
+        self.client: NbdClient | None = None
+        self.size = chain.final_size(key) if chain else 0
+        self._chain = chain
+        self._zeroed = zeroed
+        self._limit = limit
+        self._stack = contextlib.AsyncExitStack()
+        self._sink: NbdSink | None = None
+        self._missing = set(chain.members(key)) if chain else set[str]()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the chain has come; always, where none is known."""
+        return bool(self.written.jobs) and not self._missing
+
+    @property
+    def missing(self) -> list[str]:
+        """Jobs whose image has not come."""
+        return sorted(self._missing)
+
+    async def open(self, address: Address) -> None:
+        """Connect to the volume and zero what nobody will write."""
+        client = await connect(address)
+        self._stack.push_async_callback(client.aclose)
+        if client.size < self.size:
+            raise IntegrityError(
+                f"the volume has {client.size} bytes, the disk {self.size}"
+            )
+        self.client = client
+        self._sink = await self._stack.enter_async_context(NbdSink(client))
+        if self._zeroed:
+            return
+        if self._chain is None:
+            await self._sink.zero(0, client.size)
+            return
+        for extent in self._chain.never_written(self.key):
+            await self._sink.zero(extent.offset, extent.length)
+        if self.size < client.size:
+            await self._sink.zero(self.size, client.size - self.size)
+
+    async def receive(
+        self, job: str, image: Image, digest_root: str | None = None
+    ) -> None:
+        """Take one image from its first byte to its last.
+
+        Raises:
+            IntegrityError: it is damaged, out of its turn, or not what was stored.
+        """
+        owned: ClusterMap | None = None
+        if self._chain is not None:
+            owned = self._chain.owned(job, self.key)
+        reader = Qcow2StreamReader(name=f"{job}/{self.key}.qcow2")
+        verifier = DigestVerifier(name=f"{job}/{self.key}") if digest_root else None
+        async for offset, view in image.data():
+            self.written.received += len(view)
+            await self._limit.spend(len(view))
+            await self._take(job, reader.receive_data(offset, view), owned, verifier)
+        await self._take(job, reader.receive_eof(image.size), owned, verifier)
+        if verifier is not None and verifier.finish()[1] != digest_root:
+            raise IntegrityError(
+                f"job {job}: the image's digests are not those of its manifest; "
+                "what Bacula gave back is not what was stored"
+            )
+        self.written.jobs.append(job)
+        self._missing.discard(job)
+
+    async def _take(
+        self,
+        job: str,
+        events: list[ImageHeader | GuestData | GuestZero],
+        owned: ClusterMap | None,
+        verifier: DigestVerifier | None,
+    ) -> None:
+        if verifier is not None:
+            verifier.receive(events)
+        sink = self._sink
+        if sink is None:
+            raise IntegrityError("the disk's volume was not opened")
+        for event in events:
+            if isinstance(event, ImageHeader):
+                await self._check_header(job, event, sink)
+            elif owned is None:
+                await self._replay(sink, event)
+            elif isinstance(event, GuestData):
+                await self._write_owned(sink, event, owned)
+            elif not self._zeroed and event.kind is Kind.DATA:
+                # A cluster found to be zero while it was read; on a volume that
+                # reads zero by itself there is nothing to do, each is written once.
+                await self._zero_owned(sink, event, owned)
+
+    async def _check_header(self, job: str, header: ImageHeader, sink: NbdSink) -> None:
+        if self._chain is not None:
+            return  # the chain has checked the manifests
+        if header.backing is not None:
+            parent, _ = parse_backing(header.backing)
+            if parent not in self.written.jobs[-1:]:
+                last = self.written.jobs[-1] if self.written.jobs else "nothing"
+                raise IntegrityError(
+                    f"job {job} builds on job {parent}, but what came before it is "
+                    f"{last}; a member of the chain is missing, or comes out of order"
+                )
+        if self.client is not None and header.size > self.client.size:
+            raise IntegrityError(
+                f"job {job}: the disk grew to {header.size} bytes within the chain and "
+                "the catalogue has no restore objects; restore to files "
+                "(where=/directory) and import those"
+            )
+        if header.backing is None and self.written.jobs and self.client is not None:
+            # It was read whole in mid chain: what came before counts no more.
+            await sink.zero(0, self.client.size)
+
+    async def _replay(self, sink: NbdSink, event: GuestData | GuestZero) -> None:
+        if isinstance(event, GuestData):
+            await sink.write(event.offset, event.data)
+        elif self.written.jobs:
+            await sink.zero(event.offset, event.length)
+
+    async def _write_owned(
+        self, sink: NbdSink, event: GuestData, owned: ClusterMap
+    ) -> None:
+        end = min(event.offset + event.length, owned.size)
+        if end < event.offset + event.length:
+            self.written.superseded += (
+                event.offset + event.length - max(end, event.offset)
+            )
+        if event.offset >= end:
+            return
+        for run in owned.runs(event.offset, end):
+            if run.kind is not Kind.DATA:
+                self.written.superseded += run.length
+                continue
+            start = run.offset - event.offset
+            await sink.write(run.offset, event.data[start : start + run.length])
+
+    async def _zero_owned(
+        self, sink: NbdSink, event: GuestZero, owned: ClusterMap
+    ) -> None:
+        end = min(event.offset + event.length, owned.size)
+        if event.offset >= end:
+            return
+        for run in owned.runs(event.offset, end):
+            if run.kind is Kind.DATA:
+                await sink.zero(run.offset, run.length)
+
+    async def finish(self) -> None:
+        """Wait for every write and flush.
+
+        Raises: the first failure of any write.
+        """
+        if self._sink is not None:
+            await self._sink.finish()
+        await self._stack.aclose()
+
+    async def give_up(self) -> None:
+        """Close without any promise."""
+        error = IntegrityError("given up")
+        with contextlib.suppress(Exception):
+            await self._stack.__aexit__(type(error), error, None)

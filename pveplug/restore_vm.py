@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target of a restore: a VM that comes into being, or nothing at all.
+
+::
+
+    claim the VMID ── create without disks ── lock ── per disk: allocate, serve, fill
+        ── unlock ── attach the disks, set what must come last ── firewall ── start
+
+Everything made is in the journal before it is made, so a failure at any point (a kill
+included) ends with no VM, no volume and no lock. An existing VM is only touched at the
+very end, when all its new disks are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from pveplug.config import RestoreConfig
+from pveplug.errors import JobError, PveplugError
+from pveplug.events import Reporter
+from pveplug.images.chain import Chain
+from pveplug.images.manifest import Manifest
+from pveplug.journal import Journal, open_journal, own_vm
+from pveplug.nbd.client import UnixAddress
+from pveplug.nbd.qemu_nbd import qemu_nbd
+from pveplug.node import Node
+from pveplug.proto.pve_refusal import PveRefusalError, Reason
+from pveplug.pve import PveApi, Resource, Storage
+from pveplug.pve_local import PveLocal
+from pveplug.recovery import recover, recover_vm
+from pveplug.restore_disk import DiskWriter, Limit
+from pveplug.vmconfig import drives, smbios_uuid
+from pveplug.vmrestore import (
+    DiskPlan,
+    RestorePlan,
+    Target,
+    TargetStorage,
+    Wishes,
+    plan_single_disks,
+    transform_for_restore,
+)
+
+log = logging.getLogger(__name__)
+
+LOCK_WAIT_S: Final = 60.0
+FILE_STORAGES: Final = frozenset({"dir", "nfs", "cifs", "cephfs", "glusterfs", "btrfs"})
+ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
+"""Where a fresh volume reads as zeroes; thick LVM shows what was there before."""
+
+
+@dataclass(slots=True)
+class _Volume:
+    plan: DiskPlan
+    volid: str = ""
+    writer: DiskWriter | None = None
+
+
+@dataclass(slots=True)
+class Goal:
+    """What is to be made of one VM of the backup."""
+
+    manifest: Manifest
+    """Of the newest backup; where it is unknown, what is known so far."""
+    chain: Chain | None
+    volumes: dict[str, _Volume] = field(default_factory=dict)
+
+
+class VmTarget:
+    """One VM being restored: ``begin``, ``writer`` per disk, ``commit``, ``aclose``."""
+
+    def __init__(
+        self,
+        config: RestoreConfig,
+        node: Node,
+        api: PveApi,
+        local: PveLocal,
+        goal: Goal,
+        limit: Limit,
+        say: Reporter,
+    ) -> None:
+        self._config = config
+        self._node = node
+        self._api = api
+        self._local = local
+        self._goal = goal
+        self._limit = limit
+        self._say = say
+        self._here = config.connection.node
+        self._holding = contextlib.AsyncExitStack()
+        self._serving = contextlib.AsyncExitStack()
+        self._journal: Journal | None = None
+        self._storages: dict[str, Storage] = {}
+        self._replaced: dict[str, str] = {}
+        self._plan: RestorePlan | None = None
+        self._adopted = False
+        self._stale: list[str] = []
+        """Keys the VM was created with that its newest configuration doesn't have."""
+        self._surplus: list[str] = []
+        """Volumes of disks that its newest configuration doesn't have."""
+        self.vmid = 0
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Keys of the backup's disks that are restored."""
+        return tuple(self._goal.volumes)
+
+    @property
+    def journal(self) -> Journal:
+        """The open journal."""
+        if self._journal is None:
+            raise JobError("the restore has not begun", phase="restore")
+        return self._journal
+
+    # --- the beginning ---------------------------------------------------------------
+
+    async def begin(self, job: str) -> None:
+        """Claim the VMID and make what the disks will be attached to."""
+        manifest = self._goal.manifest
+        self._storages = {s.name: s for s in await self._api.storages(self._here)}
+        resources = {r.vmid: r for r in await self._api.resources()}
+        if self._config.disks:
+            await self._begin_disks(job, resources)
+        else:
+            await self._begin_vm(job, resources)
+        disks = ", ".join(
+            f"{v.plan.source_key} as {v.plan.key} on {v.plan.storage} ({v.plan.format})"
+            for v in self._goal.volumes.values()
+        )
+        self._say.info(
+            f"VM {manifest.vmid} ({manifest.vm_name}) is restored to VM {self.vmid}: "
+            f"{disks or 'configuration only'}"
+        )
+
+    async def _begin_vm(self, job: str, resources: Mapping[int, Resource]) -> None:
+        manifest = self._goal.manifest
+        wanted = self._config.vmid_for(manifest.vmid)
+        if wanted is not None and wanted in resources:
+            await self._check_overwrite(wanted, resources[wanted])
+        target = await self._target(resources, replaced=wanted)
+        self._plan = transform_for_restore(
+            manifest.config,
+            self._wishes(),
+            target,
+            disk_sizes=self._sizes(),
+            fresh_uuid=str(uuid.uuid4()),
+            running_machine=manifest.versions.get("machine"),
+        )
+        for key, why in self._plan.dropped:
+            self._say.info(f"{key} is not taken over: {why}")
+        for text in self._plan.warnings:
+            self._say.warning(text)
+        self._goal.volumes = {p.source_key: _Volume(p) for p in self._plan.disks}
+        if wanted is not None and wanted in resources:
+            await self._hold(wanted, job, created=False)
+            config = await self._api.vm_config(self._here, wanted)
+            self._replaced = {
+                d.key: d.file for d in drives(config.values) if not d.is_cdrom
+            }
+            await self._lock()
+            return
+        await self._create(job, wanted, self._plan.params)
+        await self._lock()
+
+    async def _begin_disks(self, job: str, resources: Mapping[int, Resource]) -> None:
+        manifest = self._goal.manifest
+        wanted = self._config.vmid_for(manifest.vmid)
+        if wanted is None or wanted not in resources:
+            raise JobError(
+                f"disks={','.join(self._config.disks)} attaches to an existing VM, and "
+                f"there is no VM {wanted or manifest.vmid}.",
+                vm=str(wanted or manifest.vmid),
+                phase="restore",
+                remedy="name one with restore_vmid, or leave disks out for a new VM.",
+            )
+        if resources[wanted].node != self._here:
+            raise self._elsewhere(wanted, resources[wanted].node)
+        target = await self._target(resources, replaced=wanted)
+        await self._hold(wanted, job, created=False)
+        existing = await self._api.vm_config(self._here, wanted)
+        plans = plan_single_disks(
+            manifest.config,
+            self._config.disks,
+            existing.values,
+            self._wishes(),
+            target,
+            disk_sizes=self._sizes(),
+        )
+        self._goal.volumes = {p.source_key: _Volume(p) for p in plans}
+
+    def _sizes(self) -> dict[str, int]:
+        chain = self._goal.chain
+        if chain is not None:
+            return {key: chain.final_size(key) for key in chain.keys}
+        return {disk.key: disk.size for disk in self._goal.manifest.disks}
+
+    def _wishes(self) -> Wishes:
+        config = self._config
+        return Wishes(
+            storage=config.storage,
+            storage_map=config.storage_map,
+            bridge_map=config.bridge_map,
+            mac=config.mac,
+            uuid=config.uuid,
+            name=config.name,
+            disk_format=config.disk_format,
+        )
+
+    async def _target(
+        self, resources: Mapping[int, Resource], replaced: int | None
+    ) -> Target:
+        storages = {
+            s.name: TargetStorage(s.name, _formats(s))
+            for s in self._storages.values()
+            if s.holds_images and s.active and s.enabled
+        }
+        manifest = self._goal.manifest
+        twin = resources.get(manifest.vmid)
+        there = False
+        if twin is not None and manifest.vmid != replaced:
+            with contextlib.suppress(PveplugError):
+                config = await self._api.vm_config(twin.node, twin.vmid)
+                there = smbios_uuid(config.values) == manifest.uuid
+        return Target(
+            storages=storages,
+            is_root=self._config.connection.user == "root@pam",
+            original_exists=there,
+        )
+
+    async def _check_overwrite(self, vmid: int, resource: Resource) -> None:
+        manifest = self._goal.manifest
+        if not self._config.overwrite:
+            raise JobError(
+                f"VM {vmid} ({resource.name}) exists.",
+                vm=str(vmid),
+                phase="restore",
+                remedy="choose another restore_vmid, leave it out for the next free "
+                "one, or set overwrite=yes to replace this VM's disks.",
+            )
+        if resource.node != self._here:
+            raise self._elsewhere(vmid, resource.node)
+        if resource.status != "stopped" or self._local.vm_running(vmid) is not None:
+            raise JobError(
+                "the VM runs; only a stopped VM is overwritten.",
+                vm=str(vmid),
+                phase="restore",
+                remedy="shut it down first.",
+            )
+        config = await self._api.vm_config(self._here, vmid)
+        if (smbios_uuid(config.values) or "") != manifest.uuid:
+            raise JobError(
+                f"the VM that has this id now is another one (SMBIOS UUID "
+                f"{smbios_uuid(config.values) or 'none'}, the backup's is "
+                f"{manifest.uuid or 'none'}).",
+                vm=str(vmid),
+                phase="restore",
+                remedy="restore to another id.",
+            )
+
+    def _elsewhere(self, vmid: int, node: str) -> JobError:
+        return JobError(
+            f"the VM is on node {node}, and this File Daemon is on {self._here}.",
+            vm=str(vmid),
+            phase="restore",
+            remedy=f"restore with restoreclient= the File Daemon of {node}.",
+        )
+
+    async def _hold(self, vmid: int, job: str, *, created: bool) -> None:
+        await self._holding.enter_async_context(
+            own_vm(self._node.state_dir, vmid, LOCK_WAIT_S)
+        )
+        for line in await recover_vm(self._node, self._local, vmid):
+            self._say.warning(
+                f"VM {vmid}: after an earlier job that was killed: {line}"
+            )
+        self.vmid = vmid
+        self._journal = open_journal(self._node.state_dir, vmid, job, "restore")
+        if created:
+            self._journal.note(created=True)
+
+    async def _create(
+        self, job: str, wanted: int | None, params: Mapping[str, str]
+    ) -> None:
+        """Create the VM without disks; the id is ours from then on."""
+        taken: set[int] = set()
+        while True:
+            vmid = wanted or await self._next_id(taken)
+            await self._hold(vmid, job, created=False)
+            extra = {"pool": self._config.pool} if self._config.pool else {}
+            # Somebody else's VM must never be destroyed by our recovery: claim it
+            # only when PVE has confirmed that it did not exist.
+            try:
+                self.journal.note(created=True)
+                for text in await self._api.create_vm(
+                    self._here, vmid, {**params, **extra}
+                ):
+                    self._say.warning(f"VM {vmid}: {text}")
+            except PveRefusalError as error:
+                if error.reason is not Reason.EXISTS:
+                    raise
+                self.journal.note(created=False)
+                if wanted is not None or len(taken) > 20:
+                    raise
+                self.journal.close()
+                self._journal = None
+                await self._holding.aclose()
+                taken.add(vmid)
+                continue
+            return
+
+    async def _next_id(self, taken: set[int]) -> int:
+        vmid = await self._api.next_id()
+        while vmid in taken:
+            vmid += 1
+        return vmid
+
+    async def _lock(self) -> None:
+        """Keep PVE from starting or changing the VM until it is whole."""
+        self.journal.note(locked=True)
+        try:
+            await self._local.set_lock(self.vmid)
+        except PveplugError:
+            self.journal.note(locked=False)
+            raise
+
+    async def adopt(self, manifest: Manifest) -> None:
+        """Take over a later job's description, where the newest wasn't known before.
+
+        Only without owners: images are then replayed as they come, and so is what
+        describes the VM.
+        """
+        self._goal.manifest = manifest
+        self._adopted = True
+        if self._config.disks:
+            return
+        resources = {r.vmid: r for r in await self._api.resources()}
+        before = self._plan
+        smbios = before.params.get("smbios1", "") if before else ""
+        self._plan = transform_for_restore(
+            manifest.config,
+            self._wishes(),
+            await self._target(resources, replaced=self.vmid),
+            disk_sizes=self._sizes(),
+            fresh_uuid=smbios_uuid({"smbios1": smbios}) or str(uuid.uuid4()),
+            running_machine=manifest.versions.get("machine"),
+        )
+        planned = {p.source_key: p for p in self._plan.disks}
+        for key in [k for k in self._goal.volumes if k not in planned]:
+            await self._drop(self._goal.volumes.pop(key))
+        for key, plan in planned.items():
+            if key not in self._goal.volumes:
+                self._goal.volumes[key] = _Volume(plan)
+        if before is not None:
+            self._stale = sorted(
+                (before.params.keys() | set(self._stale)) - self._plan.params.keys()
+            )
+
+    async def _drop(self, volume: _Volume) -> None:
+        """Forget a disk that the VM no longer had; its volume goes at once."""
+        if volume.writer is not None:
+            await volume.writer.give_up()
+        if volume.volid:
+            self._surplus.append(volume.volid)
+        self._say.info(f"{volume.plan.source_key} was removed from the VM later on")
+
+    # --- disks -----------------------------------------------------------------------
+
+    async def writer(self, key: str) -> DiskWriter:
+        """Return the open writer of a disk; its volume is allocated at first."""
+        volume = self._goal.volumes[key]
+        if volume.writer is None:
+            volume.writer = await self._open(volume)
+        return volume.writer
+
+    async def _open(self, volume: _Volume) -> DiskWriter:
+        plan = volume.plan
+        storage = self._storages[plan.storage]
+        volume.volid = await self._allocate(plan, storage)
+        if await self._local.activate(volume.volid):
+            self.journal.add("active", volume.volid)
+        os.makedirs(self._node.runtime_dir, mode=0o700, exist_ok=True)
+        chain = self._goal.chain
+        writer = DiskWriter(
+            plan.source_key,
+            chain=chain
+            if chain is not None and chain.mapped(plan.source_key)
+            else None,
+            zeroed=storage.type in ZEROED_STORAGES,
+            limit=self._limit,
+        )
+        address: UnixAddress = await self._serving.enter_async_context(
+            qemu_nbd(
+                self._node,
+                await self._local.volume_path(volume.volid),
+                plan.format,
+                socket_dir=self._node.runtime_dir,
+                read_only=False,
+            )
+        )
+        # Closed before its qemu-nbd is, on every way out.
+        self._serving.push_async_callback(writer.give_up)
+        await writer.open(address)
+        return writer
+
+    async def _allocate(self, plan: DiskPlan, storage: Storage) -> str:
+        there = await self._api.volumes(self._here, storage.name, vmid=self.vmid)
+        used = {v.volid for v in there} | {
+            v.volid for v in self._goal.volumes.values() if v.volid
+        }
+        number = 0
+        while any(f"vm-{self.vmid}-disk-{number}" in volid for volid in used):
+            number += 1
+        name = f"vm-{self.vmid}-disk-{number}"
+        in_files = storage.type in FILE_STORAGES
+        if in_files or plan.format == "qcow2":
+            name += f".{plan.format}"
+        expected = (
+            f"{storage.name}:{self.vmid}/{name}"
+            if in_files
+            else (f"{storage.name}:{name}")
+        )
+        self.journal.add("volumes", expected)
+        try:
+            volid = await self._api.allocate_volume(
+                self._here, storage.name, self.vmid, name, plan.size, plan.format
+            )
+        except PveRefusalError as error:
+            if error.reason is Reason.EXISTS:
+                self.journal.drop("volumes", expected)
+            raise JobError(
+                str(error),
+                vm=str(self.vmid),
+                disk=plan.source_key,
+                phase="allocate",
+                remedy=f"make room on {storage.name} or name another restore_storage.",
+            ) from error
+        if volid != expected:
+            self.journal.add("volumes", volid)
+            self.journal.drop("volumes", expected)
+        return volid
+
+    # --- the end ---------------------------------------------------------------------
+
+    async def commit(self) -> None:
+        """Attach the disks and hand the VM over; only now is it a VM again."""
+        for key, volume in self._goal.volumes.items():
+            if volume.writer is None or not volume.writer.complete:
+                missing = volume.writer.missing if volume.writer else []
+                raise JobError(
+                    "Bacula did not deliver the whole disk"
+                    + (f"; missing: {', '.join(missing)}." if missing else "."),
+                    vm=str(self.vmid),
+                    disk=key,
+                    phase="restore",
+                    remedy="select the whole directory of the VM, in every job of the "
+                    "chain, or name the disks you want with disks=.",
+                )
+            await volume.writer.finish()
+        await self._stop_serving()
+        if self.journal.entry.locked:
+            await self._local.unlock(self.vmid)
+            self.journal.note(locked=False)
+        params: dict[str, str] = {}
+        if self._plan is not None and (self._replaced or self._adopted):
+            params.update(self._plan.params)
+        for volume in self._goal.volumes.values():
+            params[volume.plan.key] = volume.plan.drive_value(volume.volid)
+        if self._plan is not None:
+            params.update(self._plan.late_params)
+        for text in await self._api.update_config(
+            self._here, self.vmid, params, delete=self._stale
+        ):
+            self._say.warning(f"VM {self.vmid}: {text}")
+        # From here on the volumes are the VM's; nothing is taken back any more.
+        self.journal.note(volumes=[], created=False, active=[])
+        for volid in self._surplus:
+            await self._local.free_volume(volid)
+        await self._remove_replaced()
+        self._write_firewall()
+        for key, volume in self._goal.volumes.items():
+            written = volume.writer.written if volume.writer else None
+            if written is not None:
+                self._say.info(
+                    f"VM {self.vmid} {volume.plan.key}: {key} restored from "
+                    f"{len(written.jobs)} jobs to {volume.volid}, received "
+                    f"{written.received} bytes, superseded {written.superseded}"
+                )
+        self.journal.close()
+        self._journal = None
+        if self._config.start_after and not self._config.disks:
+            await self._api.start_vm(self._here, self.vmid)
+            self._say.info(f"VM {self.vmid} was started")
+
+    async def _stop_serving(self) -> None:
+        """End every qemu-nbd, which says whether its image is whole."""
+        await self._serving.aclose()
+        for volid in list(self.journal.entry.active):
+            with contextlib.suppress(PveplugError):
+                await self._local.deactivate(volid)
+            self.journal.drop("active", volid)
+
+    async def _remove_replaced(self) -> None:
+        """Free the old disks of an overwritten VM; PVE keeps them as unusedN."""
+        if not self._replaced:
+            return
+        gone = [
+            key
+            for key in self._replaced
+            if key not in {v.plan.key for v in self._goal.volumes.values()}
+        ]
+        if gone:
+            await self._api.update_config(self._here, self.vmid, delete=gone)
+        config = await self._api.vm_config(self._here, self.vmid)
+        unused = [
+            key
+            for key, value in config.values.items()
+            if key.startswith("unused") and value in self._replaced.values()
+        ]
+        if unused:
+            await self._api.update_config(self._here, self.vmid, delete=unused)
+
+    def _write_firewall(self) -> None:
+        rules = self._goal.manifest.firewall
+        if not rules or self._config.disks:
+            return
+        path = Path(self._node.firewall_dir) / f"{self.vmid}.fw"
+        try:
+            path.write_text(rules, encoding="utf-8")
+        except OSError as error:
+            self._say.warning(
+                f"VM {self.vmid}: its firewall rules could not be written: {error}; "
+                "they are in firewall.fw of the backup"
+            )
+
+    async def aclose(self) -> None:
+        """Undo what is unfinished; nothing where ``commit`` went through."""
+        try:
+            await self._serving.aclose()
+        except PveplugError as error:
+            log.warning("restore not served to its end: %s", error)
+        journal, self._journal = self._journal, None
+        try:
+            if journal is not None:
+                for line in await recover(self._node, self._local, journal.entry):
+                    self._say.info(f"VM {self.vmid}: undone: {line}")
+        finally:
+            await self._holding.aclose()
+
+
+def _formats(storage: Storage) -> tuple[str, ...]:
+    """Return a storage's formats, its default first."""
+    default = storage.default_format
+    found = [
+        f for f in storage.formats if f in ("raw", "qcow2", "vmdk") and f != default
+    ]
+    first = [default] if default in ("raw", "qcow2", "vmdk") else []
+    return tuple(first + found) or ("raw",)
