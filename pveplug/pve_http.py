@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import ssl
 from collections.abc import Mapping
 from typing import Final
@@ -54,12 +55,31 @@ class _Pin(aiohttp.Fingerprint):
             raise aiohttp.ServerFingerprintMismatch(self._digests[0], got, host, port)
 
 
+class _BrokenError(aiohttp.ClientError):
+    """The connection broke after the request began: not a kind aiohttp repeats."""
+
+
+async def _once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Send once: aiohttp repeats PUT and DELETE on its own after a broken connection.
+
+    Even on a fresh one (3.14). Idempotent they are for HTTP, but a repeated DELETE of
+    a volume meets the one that another job has allocated meanwhile.
+    """
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise _BrokenError(_cause(error)) from error
+
+
 class HttpTransport:
-    """Sends requests to one endpoint; an async context manager.
+    """Sends requests to one endpoint; close it with :meth:`aclose`.
 
     Changing requests travel on fresh connections: a kept one may be closed by pveproxy
     (5 s idle) just as we write, and nobody could tell whether the request was read.
-    aiohttp repeats PUT and DELETE by itself then; without reuse it can't.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -82,6 +102,7 @@ class HttpTransport:
             headers={"Accept": "application/json", "Accept-Encoding": "identity"},
             auto_decompress=False,
             trust_env=False,  # no proxy of the environment sees the credential
+            middlewares=(_once,),
         )
 
     def _trust(self) -> ssl.SSLContext | bool | aiohttp.Fingerprint:
@@ -203,8 +224,11 @@ def _cause(error: Exception) -> str:
         return inner.reason or "TLS error"
     if isinstance(inner, TimeoutError):
         return "no answer"
-    text = inner.strerror if isinstance(inner, OSError) and inner.strerror else ""
-    return text or " ".join(str(inner).split())[:200] or type(inner).__name__
+    if isinstance(inner, ConnectionError) and inner.errno:
+        return os.strerror(inner.errno)  # asyncio's own text names the address only
+    if isinstance(inner, OSError) and inner.strerror:
+        return inner.strerror
+    return " ".join(str(inner).split())[:200] or type(inner).__name__
 
 
 async def presented_fingerprint(

@@ -212,6 +212,7 @@ class ThawWatchdog:
             if said != b"ready\n":  # also when cancelled
                 self._process = None
                 _kill(process)
+                await asyncio.shield(process.wait())
         if said != b"ready\n":
             raise TransportError("the thaw watchdog did not come up: not freezing")
 

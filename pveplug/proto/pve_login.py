@@ -153,13 +153,13 @@ def parse_fingerprints(text: str) -> tuple[str, ...]:
         ConfigError: one of them isn't 32 bytes of hex.
     """
     found: list[str] = []
-    for item in re.split(r"[,;\s]+", text.strip()):
+    # openssl prints "sha256 Fingerprint=AA:…"; no digit of a fingerprint is an "s".
+    bare = re.sub(r"(?i)sha-?256(?:\s*fingerprint)?\s*[=:]?", " ", text)
+    for item in re.split(r"[,;\s]+", bare):
         if not item:
             continue
-        plain = item.rpartition("=")[2].replace(":", "")
-        plain = plain.removeprefix("sha256").removeprefix("SHA256")
         try:
-            digest = bytes.fromhex(plain)
+            digest = bytes.fromhex(item.replace(":", ""))
         except ValueError:
             digest = b""
         if len(digest) != 32:
