@@ -385,33 +385,45 @@ class Qcow2StreamReader:
         first = self._table * len(table)  # cluster of the disk
         clusters = min(len(table), ((self._layout.size - 1) >> bits) + 1 - first)
         segments: list[Extent] = []
-        run_start, run_kind = 0, Kind.CLEAN
+        start, kind = 0, Kind.CLEAN
         expected = self.position | qcow2.COPIED
 
-        def close(end: int) -> None:
-            if end > run_start and (run_kind is not Kind.CLEAN or wants_clean):
-                at = (first + run_start) << bits
-                segments.append(Extent(at, (end - run_start) << bits, run_kind))
+        def turn(index: int, to: Kind) -> None:
+            """Close the run before ``index`` and begin one of another kind."""
+            nonlocal start, kind
+            if kind is not Kind.CLEAN or self._tells_unallocated:
+                if start < index:
+                    length = (index - start) << bits
+                    segments.append(Extent((first + start) << bits, length, kind))
+            start, kind = index, to
 
-        wants_clean = self._tells_unallocated
-        for index, entry in enumerate(table):
-            if entry == expected:
-                kind = Kind.DATA
-                expected += size
-            elif not entry:
-                kind = Kind.CLEAN
-            elif entry == qcow2.ZERO_FLAG:
-                kind = Kind.ZERO
-            else:
-                raise self._bad_entry(index, entry, expected)
-            if kind is not run_kind:
-                close(index)
-                run_start, run_kind = index, kind
-            if entry and index >= clusters:
-                raise self._bad_entry(index, entry, 0)
-        close(clusters)
-        if not any(self._region):
+        # Most of an increment's table is zero: only its used sectors are looked at.
+        sectors = qcow2.used_sectors(self._region, 0)
+        if not sectors:
             raise self._error(self._start, f"L2 table {self._table} is empty or lost")
+        at = 0
+        for low, high in sectors:
+            if at < low // qcow2.ENTRY and kind is not Kind.CLEAN:
+                turn(at, Kind.CLEAN)
+            at = high // qcow2.ENTRY
+            for index in range(low // qcow2.ENTRY, at):
+                entry = table[index]
+                if entry == expected:
+                    now = Kind.DATA
+                    expected += size
+                elif not entry:
+                    now = Kind.CLEAN
+                elif entry == qcow2.ZERO_FLAG:
+                    now = Kind.ZERO
+                else:
+                    raise self._bad_entry(index, entry, expected)
+                if entry and index >= clusters:
+                    raise self._bad_entry(index, entry, 0)
+                if now is not kind:
+                    turn(index, now)
+        if at < clusters and kind is not Kind.CLEAN:
+            turn(at, Kind.CLEAN)
+        turn(clusters, Kind.CLEAN)
         data_end = expected ^ qcow2.COPIED
         if data_end > self._layout.refcount_table:
             raise self._error(

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests: what counts, what they cost, and that a wrong chunk is named."""
+
+from __future__ import annotations
+
+import pytest
+from blake3 import blake3
+
+from pveplug.errors import IntegrityError
+from pveplug.extents import Extent, Kind
+from pveplug.images.clusters import ClusterMap
+from pveplug.images.digests import (
+    DigestVerifier,
+    DigestWriter,
+    chunks,
+    compare,
+    root_of,
+)
+from pveplug.images.qcow2_reader import GuestData, GuestZero, ImageHeader
+from pveplug.units import GiB, KiB, MiB, TiB
+from tests.support.images import scattered
+
+C = 64 * KiB
+
+
+def test_a_digest_covers_the_data_and_the_kinds():
+    clusters = ClusterMap(3 * MiB + 512)
+    clusters.mark(Extent(C, C, Kind.DATA))
+    clusters.mark(Extent(3 * C, C, Kind.ZERO))
+    clusters.mark(Extent(3 * MiB, 512, Kind.DATA))
+    for overlay, letter in ((True, "z"), (False, ".")):
+        writer = DigestWriter(clusters, overlay=overlay)
+        writer.update(C, b"x" * 512)
+        writer.update(3 * MiB, b"y" * 512)
+        sidecar, root = writer.finish()
+        kinds = f".d.{letter}".ljust(16, ".").encode()
+        assert dict(chunks(sidecar)) == {
+            0: blake3(b"x" * 512 + bytes(C - 512) + kinds).digest(16),
+            3: blake3(b"y" * 512 + b"d").digest(16),
+        }
+        assert root == root_of(sidecar)
+
+
+def test_a_scattered_increment_has_a_small_sidecar():
+    clusters = scattered(TiB, 512)
+    sidecar, _ = DigestWriter(clusters, overlay=True).finish()
+    assert len(sidecar) <= 16 + 512 * 24
+
+
+def test_a_full_disk_costs_16_bytes_per_mib():
+    clusters = ClusterMap.all_data(GiB)
+    sidecar, _ = DigestWriter(clusters, overlay=False).finish()
+    assert len(sidecar) == 16 + 8 + 1024 * 16
+
+
+def test_bytes_outside_data_clusters_or_out_of_order_are_refused():
+    clusters = ClusterMap(4 * C)
+    clusters.mark(Extent(0, 2 * C, Kind.DATA))
+    writer = DigestWriter(clusters, overlay=True)
+    writer.update(C, b"x")
+    with pytest.raises(IntegrityError, match="come after"):
+        writer.update(0, b"x")
+    with pytest.raises(IntegrityError, match="in no data cluster"):
+        writer.update(2 * C, b"x")
+    with pytest.raises(IntegrityError, match="in no data cluster"):
+        DigestWriter(clusters, overlay=True).update(2 * C - 1, b"xx")
+
+
+def events(*data):
+    header = ImageHeader(8 * MiB, None, 16, 9 * MiB)
+    return [header, *(GuestData(at, memoryview(part)) for at, part in data)]
+
+
+def sidecar_of(*data):
+    verifier = DigestVerifier()
+    verifier.receive(events(*data))
+    return verifier.finish()[0]
+
+
+def test_the_first_wrong_chunk_is_named():
+    good = sidecar_of((0, b"a" * C), (5 * MiB, b"b" * C), (7 * MiB, b"c" * C))
+    for wrong, where in (
+        (((0, b"a" * C), (5 * MiB, b"B" * C), (7 * MiB, b"c" * C)), "MiB 5"),
+        (((0, b"a" * C), (7 * MiB, b"c" * C)), "MiB 5"),
+        (((0, b"a" * C), (5 * MiB, b"b" * C)), "MiB 7"),
+        (((0, b"a" * C), (1 * MiB, b"b" * C)), "MiB 1"),
+    ):
+        with pytest.raises(IntegrityError, match=f"disk0: .*{where}.*digest differs"):
+            compare(good, sidecar_of(*wrong), name="disk0")
+        verifier = DigestVerifier(good, name="disk0")
+        with pytest.raises(IntegrityError, match=f"disk0: .*{where}.*digest differs"):
+            _run(verifier, events(*wrong))
+
+
+def _run(verifier, told):
+    verifier.receive(told)
+    return verifier.finish()
+
+
+def test_data_that_was_left_out_counts_as_zeroes():
+    told = [*events(), GuestZero(0, C, Kind.DATA)]
+    verifier = DigestVerifier(sidecar_of((0, bytes(C))))
+    assert _run(verifier, told)[0] == sidecar_of((0, bytes(C)))
+
+
+def test_a_damaged_sidecar_is_refused():
+    good = sidecar_of((0, b"a" * C), (5 * MiB, b"b" * C))
+    for bad in (b"", b"PHDG", good[:-1], good[:20], b"X" + good[1:], good + b"\0"):
+        with pytest.raises(IntegrityError):
+            list(chunks(bad))
+        with pytest.raises(IntegrityError):
+            compare(bad, good)
+        with pytest.raises(IntegrityError):
+            _run(DigestVerifier(bad), events((0, b"a" * C), (5 * MiB, b"b" * C)))
+    with pytest.raises(IntegrityError, match="no header"):
+        DigestVerifier().finish()
+    with pytest.raises(IntegrityError, match="before the image's header"):
+        DigestVerifier().receive(events((0, b"x"))[1:])
