@@ -20,6 +20,8 @@ from pveplug.node import Node
 START_S: Final = 15.0
 STOP_S: Final = 60.0
 """After SIGTERM: a qcow2 is closed in order, which writes its metadata."""
+ENDING_S: Final = 0.5
+AGAIN_S: Final = 0.25
 STDERR_BYTES: Final = 4096
 SUN_PATH: Final = 107
 
@@ -52,7 +54,7 @@ async def qemu_nbd(
         shared: connections at a time.
         start_s: bound of the start, opening the image included.
 
-    The process dies with us: it gets SIGTERM when our thread ends in any way.
+    The process dies with us: it gets SIGKILL when our thread ends without leaving this.
 
     Raises:
         CommandError: qemu-nbd failed; at the start, in between, or (writable only)
@@ -78,7 +80,11 @@ async def qemu_nbd(
         yield UnixAddress(socket_path)
         well = True
     except TransportError as error:
-        if process.returncode is not None and process.returncode != 0:
+        # A connection is lost a moment before the process is known to have ended.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ENDING_S):
+                await process.wait()
+        if process.returncode:
             words = await _words(said)
             raise CommandError(argv, process.returncode, words) from error
         raise
@@ -128,9 +134,10 @@ def _is_block_device(path: str) -> bool:
 
 
 async def _start(argv: list[str]) -> asyncio.subprocess.Process:
-    # PR_SET_PDEATHSIG: nothing is left over even if we are killed with SIGKILL.
+    # PR_SET_PDEATHSIG: nothing is left over even if we are killed with SIGKILL. KILL,
+    # not TERM, which may be lost (see _stop); what was being written is lost anyway.
     setpriv = shutil.which("setpriv")
-    prefix = [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
+    prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
     if not os.access(argv[0], os.X_OK):
         raise ConfigError(f"{argv[0]} is not there; install qemu-utils or set qemu_nbd")
     try:
@@ -152,27 +159,37 @@ async def _listening(
     said: asyncio.Task[str],
     start_s: float,
 ) -> None:
-    """Wait until the socket takes connections."""
+    """Wait until it greets.
+
+    Taking the connection says nothing: qemu-nbd listens before it opens the image.
+    """
     wait_s = 0.004
     try:
         async with asyncio.timeout(start_s):
-            while True:
-                try:
-                    _, writer = await asyncio.open_unix_connection(socket_path)
-                except OSError:
-                    if process.returncode is not None:
-                        words = await _words(said)
-                        raise CommandError(argv, process.returncode, words) from None
-                    await asyncio.sleep(wait_s)  # it has no other way to tell
-                    wait_s = min(wait_s * 1.5, 0.1)
-                else:
-                    writer.close()
-                    with contextlib.suppress(OSError):
-                        await writer.wait_closed()
-                    return
+            while not await _greets(socket_path):
+                if process.returncode is not None:
+                    words = await _words(said)
+                    raise CommandError(argv, process.returncode, words)
+                await asyncio.sleep(wait_s)  # it has no other way to tell
+                wait_s = min(wait_s * 1.5, 0.1)
     except TimeoutError as error:
         text = f"qemu-nbd didn't listen within {start_s:.0f} s for {argv[-1]}"
         raise TransportError(text) from error
+
+
+async def _greets(socket_path: str) -> bool:
+    try:
+        reader, writer = await asyncio.open_unix_connection(socket_path)
+    except OSError:
+        return False
+    try:
+        return await reader.read(1) != b""
+    except OSError:
+        return False
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def _last_words(process: asyncio.subprocess.Process) -> str:
@@ -197,11 +214,16 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     """End it by its pid: SIGTERM, then SIGKILL; also when cancelled meanwhile."""
     if process.returncode is not None:
         return
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
     try:
         async with asyncio.timeout(STOP_S):
-            await process.wait()
+            while process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+                # Once isn't enough: qemu-nbd forgets a SIGTERM that arrives between
+                # installing its handler and entering its loop (seen with 10.0.2).
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(AGAIN_S):
+                        await process.wait()
     except TimeoutError:
         pass
     finally:

@@ -119,7 +119,7 @@ class BareQemu:
         self.command("qmp_capabilities")
         return self
 
-    def command(self, name: str, **arguments: object) -> object:
+    def command(self, name: str, /, **arguments: object) -> object:
         message = {"execute": name, "arguments": arguments}
         self._file.write(json.dumps(message) + "\n")
         self._file.flush()
