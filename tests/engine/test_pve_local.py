@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 import time
@@ -179,6 +180,16 @@ async def test_an_active_volume_is_left_as_it_is(programs, monkeypatch):
     monkeypatch.setattr("pveplug.pve_local._is_there", lambda where: True)
     assert await programs.local.activate("thick:vm-100-disk-0") is False
     assert programs.log() == ["pvesm path thick:vm-100-disk-0"]
+
+
+async def test_devices_are_looked_for_where_the_node_has_them(programs, tmp_path):
+    device = tmp_path / "dev/thick/vm-100-disk-0"
+    device.parent.mkdir(parents=True)
+    local = PveLocal(dataclasses.replace(programs.node, dev_dir=str(tmp_path / "dev")))
+    programs.says("pvesm-path", f"{device}\n")
+    programs.runs("lvchange--ay", f"touch {device}")
+    assert await local.activate("thick:vm-100-disk-0") is True
+    assert programs.log()[-1] == "lvchange -ay -K thick/vm-100-disk-0"
 
 
 @pytest.mark.parametrize(
