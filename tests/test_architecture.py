@@ -36,7 +36,7 @@ LAYERS: Final = {
     "images": {"images"},
     "policy": {"values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {"config", "parameters", "pluginstring", "manual"},
-    "chapters": {"source"},
+    "chapters": {"source", "access", "restore_vm"},
     "engines": {"backup", "restore", "estimate"},
     "top": {"", "__main__", "cli", "backend", "library"},
 }

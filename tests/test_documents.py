@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from pveplug.config import parse_backup
+from pveplug.node import Node, load_node
 from tests.support.documents import MADE, REPOSITORY, anchors, broken_links, documents
 
 
@@ -29,3 +33,24 @@ def test_a_lost_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     page.write_text("[1](b.md) [2](b.md#a-heading) [3](c.md) [4](b.md#other)\n")
     assert [line.split()[1] for line in broken_links(page)] == ["c.md", "b.md#other"]
     assert anchors("# `vm.conf`, and *more*\n") == {"vmconf-and-more"}
+
+
+def test_the_example_node_file_shows_every_default(tmp_path: Path) -> None:
+    shown = (REPOSITORY / "deploy" / "node.toml").read_text(encoding="utf-8")
+    active = tmp_path / "node.toml"
+    active.write_text(re.sub(r"^# (\w+ = )", r"\1", shown, flags=re.MULTILINE))
+    assert load_node(active) == Node()
+    for field in dataclasses.fields(Node):
+        assert f"# {field.name} = " in shown
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "deploy/bacula-dir.conf"], ids=lambda path: Path(path).name
+)
+def test_plugin_strings_shown_are_read_without_a_warning(path: str) -> None:
+    text = (REPOSITORY / path).read_text(encoding="utf-8")
+    shown = re.findall(r'^ *Plugin = "(.*)"$', text, re.MULTILINE)
+    assert shown
+    for line in shown:
+        _, warnings = parse_backup(line.replace("AA:BB:…", ":".join(["AA"] * 32)))
+        assert not warnings

@@ -11,7 +11,7 @@ newer_packages=(
 packages=(
     ca-certificates python3 python3-venv gcc make libc6-dev
     nbdkit libnbd-bin swtpm swtpm-tools sqlite3
-    mtools fdisk cpio zstd xz-utils e2fsprogs
+    mtools fdisk grub-common cpio zstd xz-utils e2fsprogs
 )
 
 # wanting PACKAGE[>=VERSION]…: those not installed, or older.

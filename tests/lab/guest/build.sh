@@ -33,7 +33,7 @@ export SOURCE_DATE_EPOCH=1700000000
 
 die() { echo "build.sh: $*" >&2; exit 1; }
 
-for program in apt-get apt-cache dpkg-deb mke2fs cpio zstd xz ldd gcc sfdisk mformat; do
+for program in apt-get apt-cache dpkg-deb mke2fs cpio zstd xz ldd gcc sfdisk mformat grub-mkimage; do
     command -v "$program" >/dev/null || die "needs $program"
 done
 
@@ -42,7 +42,7 @@ done
 kernel=$(apt-cache depends linux-image-cloud-amd64 |
     awk '$1 == "Depends:" && $2 ~ /^linux-image-[0-9]/ { print $2; exit }')
 [ -n "$kernel" ] || die "apt knows no linux-image-cloud-amd64 (apt-get update?)"
-packages=("$kernel" busybox-static qemu-guest-agent grub-common grub-pc-bin grub-efi-amd64-bin)
+packages=("$kernel" busybox-static qemu-guest-agent grub-pc-bin grub-efi-amd64-bin)
 # Debian 13 keeps a kernel's modules in its image package as well; nothing else to fetch.
 for package in "${packages[@]}"; do
     found=("$debs/${package}"_*.deb)
@@ -140,7 +140,6 @@ make_ext4() { # IMAGE OFFSET SIZE_MIB
             -d "$boot" "$1" "$size" 2>"$work/mke2fs" ||
         die "mke2fs: $(cat "$work/mke2fs")"
 }
-mkimage=$unpacked/usr/bin/grub-mkimage
 MiB=$((1024 * 1024))
 common=(ext2 linux normal serial terminal echo boot configfile)
 
@@ -151,7 +150,7 @@ truncate -s $((64 * MiB)) "$disk"
 sfdisk -q --no-reread --no-tell-kernel -w never "$disk" <<<'label: dos
 start=2048, type=83, bootable'
 make_ext4 "$disk" $MiB 63
-"$mkimage" -d "$bios" -O i386-pc -p '(hd0,msdos1)/boot/grub' -o "$work/core.img" \
+grub-mkimage -d "$bios" -O i386-pc -p '(hd0,msdos1)/boot/grub' -o "$work/core.img" \
     biosdisk part_msdos "${common[@]}"
 [ "$(stat -c %s "$work/core.img")" -lt $((MiB - 512)) ] || die "GRUB's core is too large"
 # boot.img loads the core from sector 1 unless told otherwise; keep the partition table.
@@ -172,7 +171,7 @@ cat >"$work/early.cfg" <<'GRUB'
 search --no-floppy --label --set=root TGROOT
 set prefix=($root)/boot/grub
 GRUB
-"$mkimage" -d "$efi" -O x86_64-efi -p /boot/grub -c "$work/early.cfg" \
+grub-mkimage -d "$efi" -O x86_64-efi -p /boot/grub -c "$work/early.cfg" \
     -o "$work/bootx64.efi" part_gpt part_msdos fat search search_label "${common[@]}"
 esp=$disk@@$MiB
 mformat -i "$esp" -v TGESP -T $((esp_mib * 2048)) -h 16 -s 32 ::
