@@ -84,7 +84,7 @@ class Restore:
         async for found in session.restore_objects():
             if found.type == OPTIONS_OBJECT:
                 options.append(found.data.decode("utf-8", "replace").rstrip("\0"))
-            elif found.type == OUR_OBJECT and found.name.startswith("pveplug-"):
+            elif found.type == OUR_OBJECT:
                 blobs.append(found.data)
         config = parse_restore(
             session.plugin, session.job.where, options, node=self._node

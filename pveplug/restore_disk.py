@@ -61,7 +61,8 @@ class DiskWriter:
     Args:
         key: its name in the newest backup.
         size: bytes it shall have; None until the first image tells (owners unknown).
-        chain: with the owners; None: images are replayed as they come.
+        chain: what the disk is made of; None: only the images tell. Without the owner
+            of every cluster the images are replayed as they come.
         zeroed: a fresh volume of this storage reads as zeroes by itself.
     """
 
@@ -78,6 +79,7 @@ class DiskWriter:
         self.client: NbdClient | None = None
         self.size = chain.final_size(key) if chain else 0
         self._chain = chain
+        self._owners = chain is not None and chain.mapped(key)
         self._zeroed = zeroed
         self._limit = limit
         self._stack = contextlib.AsyncExitStack()
@@ -106,7 +108,7 @@ class DiskWriter:
         self._sink = await self._stack.enter_async_context(NbdSink(client))
         if self._zeroed:
             return
-        if self._chain is None:
+        if self._chain is None or not self._owners:
             await self._sink.zero(0, client.size)
             return
         for extent in self._chain.never_written(self.key):
@@ -123,7 +125,7 @@ class DiskWriter:
             IntegrityError: it is damaged, out of its turn, or not what was stored.
         """
         owned: ClusterMap | None = None
-        if self._chain is not None:
+        if self._chain is not None and self._owners:
             owned = self._chain.owned(job, self.key)
         reader = Qcow2StreamReader(name=f"{job}/{self.key}.qcow2")
         verifier = DigestVerifier(name=f"{job}/{self.key}") if digest_root else None
@@ -165,8 +167,8 @@ class DiskWriter:
                 await self._zero_owned(sink, event, owned)
 
     async def _check_header(self, job: str, header: ImageHeader, sink: NbdSink) -> None:
-        if self._chain is not None:
-            return  # the chain has checked the manifests
+        if self._owners:
+            return  # the chain has checked the manifests, and order doesn't matter
         if header.backing is not None:
             parent, _ = parse_backing(header.backing)
             if parent not in self.written.jobs[-1:]:

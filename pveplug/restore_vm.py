@@ -388,9 +388,7 @@ class VmTarget:
         chain = self._goal.chain
         writer = DiskWriter(
             plan.source_key,
-            chain=chain
-            if chain is not None and chain.mapped(plan.source_key)
-            else None,
+            chain=chain,
             zeroed=storage.type in ZEROED_STORAGES,
             limit=self._limit,
         )
