@@ -68,7 +68,7 @@ setup_system() {
     [ $((${#newer[@]} + ${#missing[@]})) -gt 0 ] || return 0
     if ! can_be_root; then
         die "not root and no password-free sudo. As root, run: apt-get install" \
-            "--no-install-recommends ${target[*]} ${newer[*]} ${missing[*]}"
+            --no-install-recommends "${target[@]}" "${newer[@]}" "${missing[@]}"
     fi
     if [ "$codename" = bookworm ] &&
         ! apt_sources | cut -f2 | grep -qx bookworm-backports; then

@@ -121,6 +121,7 @@ def tls_server(tmp_path):
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
+    context.num_tickets = 0  # unread tickets turn the client's close into a reset
     received: list[bytes] = []
 
     def serve(listener):
