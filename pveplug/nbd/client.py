@@ -16,30 +16,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import socket
 import ssl
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Final, Self, cast
 
 from pveplug.errors import (
-    NbdError,
-    ProtocolError,
     PveplugError,
     TransportError,
 )
+from pveplug.nbd.connection import Adapter, Pending, Status
 from pveplug.proto.nbd_client import (
-    Completed,
-    Cookie,
-    Event,
     NbdClientMachine,
-    Phase,
-    Ready,
-    Runs,
 )
-from pveplug.proto.nbd_handshake import Export, StartTls
+from pveplug.proto.nbd_handshake import Export
+from pveplug.proto.nbd_request import Runs
 from pveplug.proto.nbd_wire import (
     DEFAULT_MAXIMUM_BLOCK,
     TransmissionFlag,
@@ -50,10 +42,6 @@ STALL_S: Final = 180.0
 """Nothing heard for so long with a request unanswered: the server hangs. Zeroing 1 GiB
 of thick storage takes some ten seconds."""
 COMPACT_STATUS: Final = (1 << 32) - 64 * KiB
-GOODBYE_S: Final = 2.0
-WRITE_PIECE: Final = 256 * KiB
-
-Status = dict[str, Runs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +94,7 @@ async def connect(
     """
     machine = NbdClientMachine(export, contexts=contexts, tls=tls is not None)
     loop = asyncio.get_running_loop()
-    adapter = _Adapter(machine, str(address), stall_s)
+    adapter = Adapter(machine, str(address), stall_s)
     host = address.host if isinstance(address, TcpAddress) else None
     try:
         with _translated(f"cannot connect to NBD server {address}"):
@@ -128,32 +116,6 @@ async def connect(
         raise
 
 
-class Pending:
-    """A request under way: await it once, or :meth:`abandon` it.
-
-    ``future`` ends with the status of BLOCK_STATUS or None, or with the error.
-    """
-
-    __slots__ = ("_abandon", "cookie", "future")
-
-    def __init__(
-        self,
-        cookie: Cookie,
-        future: asyncio.Future[Status | None],
-        abandon: Callable[[Pending], None],
-    ) -> None:
-        self.cookie = cookie
-        self.future = future
-        self._abandon = abandon
-
-    def __await__(self) -> Generator[object, None, Status | None]:
-        return self.future.__await__()
-
-    def abandon(self) -> None:
-        """Forget it: its buffer isn't touched from now on, its error isn't missed."""
-        self._abandon(self)
-
-
 class NbdClient:
     """A negotiated connection; an async context manager that says goodbye at its end.
 
@@ -165,7 +127,7 @@ class NbdClient:
     same error), LocalProtocolError when the range or the request isn't allowed here.
     """
 
-    def __init__(self, export: Export, adapter: _Adapter) -> None:
+    def __init__(self, export: Export, adapter: Adapter) -> None:
         self._adapter = adapter
         self._machine = adapter.machine
         self.size: Final = export.size
@@ -396,208 +358,6 @@ class NbdClient:
             raise
         if first is not None:
             raise first
-
-
-class _Adapter(asyncio.BufferedProtocol):
-    """Between the event loop's transport and the machine."""
-
-    def __init__(self, machine: NbdClientMachine, address: str, stall_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        self.machine = machine
-        self.ready: asyncio.Future[Export] = loop.create_future()
-        self.tls_due: asyncio.Future[None] = loop.create_future()
-        self._closed: asyncio.Future[None] = loop.create_future()
-        self._waiting: dict[Cookie, asyncio.Future[Status | None]] = {}
-        self._error: PveplugError | None = None
-        self._transport: asyncio.Transport | None = None
-        self._address = address
-        self._loop = loop
-        self._tick_s = stall_s / 4
-        self._timer: asyncio.TimerHandle | None = None
-        self._queue: deque[memoryview] = deque()
-        self._paused = False
-        self._nowhere = memoryview(bytearray(1))
-        self._heard = 0
-        self._heard_before = 0
-        self._quiet = 0
-
-    # -- called by the client ---------------------------------------------------
-
-    def submit(self, verb: Callable[[], Cookie]) -> Pending:
-        if self._error is not None:
-            raise self._error
-        cookie = verb()
-        future: asyncio.Future[Status | None] = self._loop.create_future()
-        self._waiting[cookie] = future
-        self._pump()
-        if self._timer is None:
-            self._quiet = 0
-            self._timer = self._loop.call_later(self._tick_s, self._tick)
-        return Pending(cookie, future, self._abandon)
-
-    async def start_tls(self, context: ssl.SSLContext, hostname: str) -> None:
-        assert self._transport is not None  # noqa: S101  # tls_due came from it
-        secured = await self._loop.start_tls(
-            self._transport, self, context, server_hostname=hostname or None
-        )
-        if secured is None:
-            raise TransportError(f"NBD server {self._address} left during TLS")
-        self._transport = secured
-        secured.set_write_buffer_limits(high=WRITE_PIECE)
-        self._paused = False
-        self.machine.tls_established()
-        self._pump()
-
-    def fail(self, error: PveplugError) -> None:
-        """End everything with ``error``, the first one that is given."""
-        if self._error is None:
-            self._error = error
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._queue.clear()
-        waiting, self._waiting = self._waiting, {}
-        futures: list[asyncio.Future[Any]] = [*waiting.values()]
-        for future in (*futures, self.ready, self.tls_due):
-            if not future.done():
-                future.set_exception(self._error)
-                future.exception()  # nobody may be listening; that's no mistake
-        if self._transport is not None:
-            self._transport.abort()
-
-    async def aclose(self) -> None:
-        if self._transport is None:
-            return
-        if self._error is None:
-            self._error = TransportError("this NBD client was closed")
-            self.machine.disconnect()
-            self._pump(last=True)
-            self._transport.close()
-        try:
-            await self.gone()
-        finally:
-            self.fail(self._error)
-
-    async def gone(self) -> None:
-        """Wait until the transport is closed, but not for long."""
-        if self._transport is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GOODBYE_S):
-                    await asyncio.shield(self._closed)
-
-    # -- called by the event loop -----------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=WRITE_PIECE)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._pump()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        # asyncio asks as soon as TLS is up, before start_tls() has returned to tell
-        # us; a byte that came then would be refused by buffer_updated().
-        if self._error is None and self.machine.phase is not Phase.TLS:
-            return self.machine.get_buffer()
-        return self._nowhere
-
-    def buffer_updated(self, nbytes: int) -> None:
-        if self._error is not None:
-            return
-        self._heard += 1
-        try:
-            self.machine.buffer_updated(nbytes)
-        except (ProtocolError, NbdError) as error:
-            self.fail(error)
-            return
-        events = self.machine.events()
-        if events:
-            self._dispatch(events)
-            self._pump()
-        elif self.machine.phase is Phase.HANDSHAKE:
-            self._pump()
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._pump()
-
-    def eof_received(self) -> None:
-        try:
-            self.machine.receive_eof()
-        except TransportError as error:
-            self.fail(TransportError(f"{self._address}: {error}"))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        reason = f": {exc}" if exc else ""
-        self.fail(TransportError(f"lost NBD server {self._address}{reason}"))
-        if not self._closed.done():
-            self._closed.set_result(None)
-
-    # -- inside -------------------------------------------------------------------
-
-    def _dispatch(self, events: Sequence[Event]) -> None:
-        for event in events:
-            match event:
-                case Completed(cookie, error, status):
-                    future = self._waiting.pop(cookie, None)
-                    if future is None or future.done():
-                        continue
-                    if error is None:
-                        future.set_result(status)
-                    else:
-                        future.set_exception(error)
-                case Ready(export):
-                    if not self.ready.done():
-                        self.ready.set_result(export)
-                case StartTls():
-                    if self._transport is not None:
-                        # What comes now belongs to TLS; start_tls() reads on.
-                        self._transport.pause_reading()
-                    if not self.tls_due.done():
-                        self.tls_due.set_result(None)
-
-    def _pump(self, *, last: bool = False) -> None:
-        """Hand to the transport what it takes without piling up.
-
-        asyncio's own transport (3.11) copies what the socket doesn't take at once, and
-        moves the rest at each send: with 8 MiB of writes waiting that halved the speed.
-        """
-        queue = self._queue
-        queue.extend(map(memoryview, self.machine.data_to_send()))
-        if self._transport is None:
-            return
-        while queue and (last or not self._paused):
-            data = queue.popleft()
-            if len(data) > WRITE_PIECE:
-                queue.appendleft(data[WRITE_PIECE:])
-                data = data[:WRITE_PIECE]
-            self._transport.write(data)
-
-    def _abandon(self, pending: Pending) -> None:
-        self.machine.abandon(pending.cookie)
-        self._waiting.pop(pending.cookie, None)
-        if not pending.future.done():
-            pending.future.cancel()
-        elif not pending.future.cancelled():
-            pending.future.exception()
-
-    def _tick(self) -> None:
-        """Notice a server that says nothing for four ticks while it owes a reply."""
-        self._timer = None
-        if not self._waiting:
-            return
-        self._quiet = self._quiet + 1 if self._heard == self._heard_before else 0
-        self._heard_before = self._heard
-        if self._quiet >= 4:
-            stall_s = 4 * self._tick_s
-            text = f"NBD server {self._address} said nothing for {stall_s:.0f} s"
-            self.fail(TransportError(text))
-            return
-        self._timer = self._loop.call_later(self._tick_s, self._tick)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from pveplug.errors import LocalProtocolError, NbdError, TransportError
-from pveplug.nbd.client import NbdClient, Pending
+from pveplug.nbd.client import NbdClient
+from pveplug.nbd.connection import Pending
 from pveplug.nbd.source import ZEROES, is_zero
 from pveplug.proto.nbd_wire import Error
 from pveplug.units import CLUSTER, GiB, MiB, round_down, round_up

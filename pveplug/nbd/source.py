@@ -31,9 +31,10 @@ from typing import Final
 
 from pveplug.errors import NbdError
 from pveplug.extents import Extent, Kind, coalesced
-from pveplug.nbd.client import NbdClient, Pending
+from pveplug.nbd.client import NbdClient
+from pveplug.nbd.connection import Pending
 from pveplug.proto import nbd_wire as wire
-from pveplug.proto.nbd_client import Runs
+from pveplug.proto.nbd_request import Runs
 from pveplug.units import CLUSTER, GiB, KiB, MiB, round_down, round_up
 
 WINDOW: Final = 4 * GiB - CLUSTER

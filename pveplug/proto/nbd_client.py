@@ -26,9 +26,8 @@ from __future__ import annotations
 import enum
 import sys
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, NewType
 
 from pveplug.errors import (
@@ -39,6 +38,7 @@ from pveplug.errors import (
 )
 from pveplug.proto import nbd_wire as wire
 from pveplug.proto.nbd_handshake import Export, StartTls, Steps, handshake, take
+from pveplug.proto.nbd_request import Request, Runs
 from pveplug.proto.nbd_wire import Chunk, Command, CommandFlag, TransmissionFlag
 
 Cookie = NewType("Cookie", int)
@@ -50,8 +50,6 @@ SCRATCH: Final = 64 * 1024
 MAX_STATUS: Final = 16 * 1024 * 1024 + 8
 """nbdkit stops at 2^20 extents of 16 bytes, QEMU at 2^17."""
 MAX_ERROR: Final = wire.CHUNK_ERROR_HEAD.size + wire.MAX_STRING + 8
-MAX_FRAGMENTS: Final = 65536
-"""A 32 MiB read answered by 512-byte chunks in the worst order."""
 _ZEROES: Final = bytes(256 * 1024)
 
 
@@ -60,27 +58,6 @@ class Phase(enum.Enum):
     TLS = "waiting for TLS"
     TRANSMISSION = "transmission"
     CLOSED = "closed"
-
-
-class Runs:
-    """The extents of one context of a BLOCK_STATUS reply, kept as two arrays.
-
-    Iterating gives ``(length, flags)``. 65,536 extents take 0.5 or 1 MiB here and
-    6 MiB as a list of tuples.
-    """
-
-    __slots__ = ("flags", "lengths", "total")
-
-    def __init__(self, lengths: array[int], flags: array[int]) -> None:
-        self.lengths = lengths
-        self.flags = flags
-        self.total = sum(lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return zip(self.lengths, self.flags, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,45 +82,6 @@ class Completed:
 Event = Ready | StartTls | Completed
 
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    command: Command
-    flags: CommandFlag
-    offset: int
-    length: int
-    view: memoryview | None = None
-    error: NbdError | None = None
-    status: dict[str, Runs] = field(default_factory=dict)
-    ranges: list[tuple[int, int]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        name = self.command.name
-        if self.command is Command.FLUSH:
-            return name
-        return f"{name} of {self.length} bytes at {self.offset}"
-
-    def cover(self, start: int, end: int) -> None:
-        """Note that ``[start, end)`` of a read is answered; once only, and inside."""
-        if not self.offset <= start < end <= self.offset + self.length:
-            raise RemoteProtocolError(f"NBD chunk {start}-{end} is outside {self}")
-        ranges = self.ranges
-        at = bisect_left(ranges, (start, end))
-        follows = at < len(ranges)
-        if (at and ranges[at - 1][1] > start) or (follows and ranges[at][0] < end):
-            raise RemoteProtocolError(f"NBD chunk {start}-{end} came twice in {self}")
-        if follows and ranges[at][0] == end:
-            end = ranges.pop(at)[1]
-        if at and ranges[at - 1][1] == start:
-            at -= 1
-            start = ranges.pop(at)[0]
-        ranges.insert(at, (start, end))
-        if len(ranges) > MAX_FRAGMENTS:
-            raise RemoteProtocolError(f"NBD reply to {self} is in too many fragments")
-
-    def whole(self) -> bool:
-        return self.ranges == [(self.offset, self.offset + self.length)]
-
-
 class NbdClientMachine:
     """One connection to one export; see the module for how to drive it.
 
@@ -162,13 +100,13 @@ class NbdClientMachine:
         self.export: Export | None = None
         self._outgoing: list[bytes | memoryview] = []
         self._events: list[Event] = []
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._cookie = 0
         self._stage = memoryview(bytearray(STAGE))
         self._scratch = memoryview(bytearray(SCRATCH))
         self._view: memoryview | None = None  # where bytes go; None: thrown away
         self._left = 0  # bytes still wanted there
-        self._receiving: _Request | None = None  # whose payload it is
+        self._receiving: Request | None = None  # whose payload it is
         self._disconnected = False
         self._parser = self._parse(export, contexts, tls)
         self._advance()
@@ -338,7 +276,7 @@ class NbdClientMachine:
         view: memoryview | None = None,
     ) -> Cookie:
         export = self._ready()
-        request = _Request(command, flags, offset, length, view)
+        request = Request(command, flags, offset, length, view)
         if command is not Command.FLUSH:
             end, unit = offset + length, export.minimum_block
             if not 0 <= offset < end <= export.size:
@@ -445,7 +383,7 @@ class NbdClientMachine:
                 raise RemoteProtocolError(f"NBD reply to {request} says {offset}")
             yield from self._chunk(request, cookie, flags, kind, size)
 
-    def _asked(self, cookie: int) -> _Request:
+    def _asked(self, cookie: int) -> Request:
         request = self._requests.get(cookie)
         if request is None:
             raise RemoteProtocolError(f"NBD reply with the unknown cookie {cookie}")
@@ -464,7 +402,7 @@ class NbdClientMachine:
         self._complete(request, cookie)
 
     def _chunk(
-        self, request: _Request, cookie: int, flags: int, kind: int, size: int
+        self, request: Request, cookie: int, flags: int, kind: int, size: int
     ) -> Steps[None]:
         done = bool(flags & wire.REPLY_FLAG_DONE)
         reads = request.command is Command.READ
@@ -492,7 +430,7 @@ class NbdClientMachine:
         if done:
             self._complete(request, cookie)
 
-    def _payload(self, request: _Request, start: int, length: int) -> Steps[None]:
+    def _payload(self, request: Request, start: int, length: int) -> Steps[None]:
         request.cover(start, start + length)
         if request.view is None:
             yield length
@@ -503,7 +441,7 @@ class NbdClientMachine:
         self._receiving = None
 
     @staticmethod
-    def _zero(request: _Request, start: int, length: int) -> None:
+    def _zero(request: Request, start: int, length: int) -> None:
         if request.view is None:
             return
         at = start - request.offset
@@ -512,7 +450,7 @@ class NbdClientMachine:
             part = hole[piece : piece + len(_ZEROES)]
             part[:] = _ZEROES[: len(part)]
 
-    def _error_chunk(self, request: _Request, kind: int, data: bytearray) -> None:
+    def _error_chunk(self, request: Request, kind: int, data: bytearray) -> None:
         number, length = wire.CHUNK_ERROR_HEAD.unpack_from(data)
         tail = data[wire.CHUNK_ERROR_HEAD.size + length :]
         place = 8 if kind == Chunk.ERROR_OFFSET else 0
@@ -531,13 +469,13 @@ class NbdClientMachine:
 
     @staticmethod
     def _refused(
-        request: _Request, number: int, where: str = "", said: str = ""
+        request: Request, number: int, where: str = "", said: str = ""
     ) -> None:
         if request.error is None:
             name = wire.error_name(number) + where + (f" ({said})" if said else "")
             request.error = NbdError(f"NBD server failed {request}: {name}", number)
 
-    def _status_chunk(self, request: _Request, kind: int, data: bytearray) -> None:
+    def _status_chunk(self, request: Request, kind: int, data: bytearray) -> None:
         export = self._ready_export()
         wide = kind == Chunk.BLOCK_STATUS_EXT
         unit, head = (16, 8) if wide else (8, 4)
@@ -567,7 +505,7 @@ class NbdClientMachine:
         assert self.export is not None  # noqa: S101  # set before the first reply
         return self.export
 
-    def _complete(self, request: _Request, cookie: int) -> None:
+    def _complete(self, request: Request, cookie: int) -> None:
         del self._requests[cookie]
         status: dict[str, Runs] | None = None
         if request.error is None:

@@ -22,7 +22,8 @@ from hypothesis.stateful import (
 from pveplug.errors import NbdError, RemoteProtocolError
 from pveplug.extents import Extent, Kind, coalesced, tiles
 from pveplug.nbd.source import extents, is_zero
-from pveplug.proto.nbd_client import Completed, NbdClientMachine, Phase, Ready, Runs
+from pveplug.proto.nbd_client import Completed, NbdClientMachine, Phase, Ready
+from pveplug.proto.nbd_request import Runs
 from tests.support.nbd_model import FLAGS, Manner, ModelServer
 
 SIZE = 32 * 1024
