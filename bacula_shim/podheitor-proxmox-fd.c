@@ -212,6 +212,11 @@ static bool keep_object(struct job *job, const struct restore_object_pkt *pkt)
         return true;
     if (pkt->object_len < 0 || (pkt->object_len > 0 && pkt->object == NULL))
         return fail(job, "restore object with a length of %d.", pkt->object_len);
+    if (pkt->object_type == FT_PLUGIN_CONFIG_FILLED && pkt->object_len > 0
+        && pkt->object[0] == '\0')
+        return fail(job, "the options set in bconsole came back unreadable: Bacula 9.6 with SQLite "
+                         "loses texts of some lengths. Make one value a character longer, or pass "
+                         "the options as where=/@pve/key=value.");
     struct restore_object *object = calloc(1, sizeof *object);
     if (object == NULL)
         return fail(job, "out of memory for a restore object.");
@@ -262,14 +267,6 @@ static bool restore_command(struct job *job, const char *command)
         return true;
     }
     return take_restore_turn(job) && start(job, command, KIND_RESTORE);
-}
-
-static char job_status(struct job *job)
-{
-    int status = 0;
-    if (plugin.core->get_value(job->ctx, VAR_JOB_STATUS, &status) != RC_OK)
-        return 'f';
-    return (char)status;
 }
 
 /* The storage daemon has everything; a FATAL message is still heard. */

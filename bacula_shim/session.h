@@ -95,6 +95,9 @@ void say(struct job *job, int type, const char *format, ...) __attribute__((form
 /* FATAL, unless the job was cancelled: then its status says so already.  Always false. */
 bool fail(struct job *job, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* T, R, f, E, A... as the daemon sees it now. */
+char job_status(struct job *job);
+
 /* -- conversation ----------------------------------------------------------- */
 
 struct session *session_find(const struct job *job, const char *command);

@@ -267,7 +267,9 @@ class Conversation:
                 return found
             if not self._selector.select(max(0.0, until - time.monotonic())):
                 raise LabError(f"no {pattern!r} within {timeout} s:\n{self.transcript}")
-            data = os.read(self._process.stdout.fileno(), 65536).decode(errors="replace")
+            data = os.read(self._process.stdout.fileno(), 65536).decode(
+                errors="replace"
+            )
             if not data:
                 raise LabError(f"bconsole ended before {pattern!r}:\n{self.transcript}")
             self._pending += data
@@ -316,7 +318,8 @@ class BaculaLab:
         self._programs = root / "usr/sbin"
         self._schemas = (
             root / "usr/share/bacula-director/make_sqlite3_tables",
-            root / "usr/share/dbconfig-common/data/bacula-director-sqlite3/install/sqlite3",
+            root
+            / "usr/share/dbconfig-common/data/bacula-director-sqlite3/install/sqlite3",
         )
         self._env = {**os.environ, **(env or {})}
         if prefix is not None:
@@ -488,7 +491,9 @@ class BaculaLab:
                 with contextlib.closing(sqlite3.connect(self.catalogue)) as database:
                     database.executescript(script[1] if script else text)
                 return
-        raise LabError(f"no catalogue schema: none of {[str(p) for p in self._schemas]}")
+        raise LabError(
+            f"no catalogue schema: none of {[str(p) for p in self._schemas]}"
+        )
 
     def _make_keypair(self) -> None:
         from cryptography import x509
@@ -507,7 +512,9 @@ class BaculaLab:
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=30))
             # Bacula finds the key of a volume's session by this identifier.
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False
+            )
             .sign(key, hashes.SHA256())
         )
         (self.base / "etc/fd-keypair.pem").write_bytes(
@@ -553,7 +560,9 @@ class BaculaLab:
         """Queue a backup; returns its JobId."""
         return _job_id(self.console(f'run job="{name}" level={level} yes'))
 
-    def run_job(self, name: str, level: str = "Full", timeout: float = 120) -> JobResult:
+    def run_job(
+        self, name: str, level: str = "Full", timeout: float = 120
+    ) -> JobResult:
         return self.wait(self.start_job(name, level), timeout)
 
     def wait(self, job_id: int, timeout: float = 120) -> JobResult:
@@ -566,8 +575,11 @@ class BaculaLab:
                     + "\n".join(self.joblog(job_id))
                 )
             time.sleep(0.1)
-        # The summary is written after the status: until the director lets the job go.
-        self.console(f"wait jobid={job_id}", timeout=max(10.0, until - time.monotonic()))
+        # The summary, its last words, comes after the status.
+        while "Termination:" not in "\n".join(self.joblog(job_id)):
+            if time.monotonic() > until:
+                raise LabError(f"job {job_id} ended without a summary")
+            time.sleep(0.05)
         return self.result(job_id)
 
     def result(self, job_id: int) -> JobResult:
@@ -586,14 +598,18 @@ class BaculaLab:
         return rows[0][0] if rows else ""
 
     def joblog(self, job_id: int) -> tuple[str, ...]:
-        rows = self.query("SELECT LogText FROM Log WHERE JobId = ? ORDER BY LogId", job_id)
+        rows = self.query(
+            "SELECT LogText FROM Log WHERE JobId = ? ORDER BY LogId", job_id
+        )
         return tuple(line for (text,) in rows for line in text.splitlines())
 
     def cancel(self, job_id: int) -> str:
         return self.console(f"cancel jobid={job_id} yes")
 
     def estimate(self, name: str, level: str = "Full", timeout: float = 60) -> str:
-        return self.console(f'estimate job="{name}" level={level} listing', timeout=timeout)
+        return self.console(
+            f'estimate job="{name}" level={level} listing', timeout=timeout
+        )
 
     def start_restore(
         self,
@@ -633,7 +649,9 @@ class BaculaLab:
     ) -> int:
         console.send(command)
         for name, value in options.items():
-            console.expect(r"OK to run\? \(Y(es|)/M(od|)/N(o|)\): ?|OK to run\?[^\n]*: ?")
+            console.expect(
+                r"OK to run\? \(Y(es|)/M(od|)/N(o|)\): ?|OK to run\?[^\n]*: ?"
+            )
             console.send("mod")
             console.expect(r"Parameters to modify:")
             console.send(console.expect(r"(\d+): Plugin Options")[1])

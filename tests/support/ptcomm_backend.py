@@ -57,6 +57,7 @@ class Backend:
         self.job: dict[str, str] = {}
         self.scenario: dict[str, Any] = {}
         self.record = Path(os.devnull)
+        self.command_string = ""
 
     # -- packets -------------------------------------------------------------
 
@@ -148,6 +149,7 @@ class Backend:
         lines = self.block()
         assert lines[0] == "Params"
         command = lines[1].removeprefix("Plugin=")
+        self.command_string = command
         path = command.split("scenario=", 1)[1].split()[0]
         self.scenario = json.loads(Path(path).read_text())
         self.record = Path(self.scenario["record"])
@@ -159,12 +161,6 @@ class Backend:
             "process",
             group=os.getpgid(0),
             descriptors=sorted(int(name) for name in os.listdir("/proc/self/fd")),
-            ignored=[
-                int(n)
-                for n in (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT)
-                # Python itself ignores SIGPIPE and takes SIGINT; /proc says what it got
-                if n is signal.SIGHUP and signal.getsignal(n) is signal.SIG_IGN
-            ],
         )
         self.at("params")
         self.end()
@@ -211,7 +207,9 @@ class Backend:
                 self.log("object", name=entry["object"], sha=sha(content))
                 self.send_object("RESTOREOBJ", entry["object"], content)
             elif "config" in entry:
-                self.send_object("PLUGINCONFIG", entry["config"], entry["text"].encode())
+                self.send_object(
+                    "PLUGINCONFIG", entry["config"], entry["text"].encode()
+                )
             else:
                 self.send_file(entry, data=data)
         self.at("end")
@@ -271,6 +269,7 @@ class Backend:
             assert len(content) == int(length)
             self.log(
                 "restore object",
+                command=self.command_string,
                 name=name,
                 job_id=int(job_id),
                 type=int(kind),
