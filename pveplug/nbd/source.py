@@ -73,8 +73,8 @@ async def extents(
         return
     unit = client.minimum_block
     window = max(round_down(window, unit), unit)
-    last: Extent | None = None
-    at = start
+    kind: Kind | None = None  # of the run that isn't ended yet, [since, at)
+    since = at = start
     while at < end:
         low = round_down(at, unit)
         asked = min(round_up(min(low + window, end), unit), client.size) - low
@@ -83,18 +83,18 @@ async def extents(
         bitmap = status[context] if context is not None else None
         lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
         high = min(low + min(lengths), end)
-        for extent in _merged(low, high, bitmap, allocation):
-            if extent.offset < at:  # a start that isn't aligned
-                extent = Extent(at, extent.end - at, extent.kind)
-            if last is not None and last.kind is extent.kind:
-                last = Extent(last.offset, extent.end - last.offset, last.kind)
-                continue
-            if last is not None:
-                yield last
-            last = extent
-        at = high
-    if last is not None:
-        yield last
+        # One Extent per run that is yielded, none on the way: a fully scattered disk
+        # has 16,384 of them per GiB.
+        for stop, is_now in _merged(low, high, bitmap, allocation):
+            if stop <= at:
+                continue  # before a start that isn't aligned
+            if is_now is not kind:
+                if kind is not None:
+                    yield Extent(since, at - since, kind)
+                since, kind = at, is_now
+            at = stop
+    if kind is not None:
+        yield Extent(since, at - since, kind)
 
 
 def _dirty_context(dirty: str | None) -> str | None:
@@ -104,49 +104,46 @@ def _dirty_context(dirty: str | None) -> str | None:
 
 
 def _merged(
-    low: int, high: int, bitmap: Runs | None, allocation: Runs | None
-) -> Iterator[Extent]:
-    """Merge one round into joined extents that tile ``[low, high)``."""
+    at: int, high: int, bitmap: Runs | None, allocation: Runs | None
+) -> Iterator[tuple[int, Kind]]:
+    """Merge one round: the end and kind of each piece from ``at`` up to ``high``."""
     if bitmap is None:
         assert allocation is not None  # noqa: S101  # one of the two was asked for
-        return coalesced(_allocated(low, high, allocation))
+        return _kinds(at, high, allocation, wire.STATE_ZERO, Kind.ZERO, Kind.DATA)
     if allocation is None:
-        return coalesced(_dirty(low, high, bitmap))
-    return coalesced(_overlaid(low, high, bitmap, allocation))
+        return _kinds(at, high, bitmap, wire.STATE_DIRTY, Kind.DATA, Kind.CLEAN)
+    return _overlaid(at, high, bitmap, allocation)
 
 
-def _allocated(at: int, high: int, allocation: Runs) -> Iterator[Extent]:
-    for length, flags in allocation:
-        length = min(length, high - at)
-        if length <= 0:
+def _kinds(
+    at: int, high: int, runs: Runs, flag: int, with_it: Kind, without: Kind
+) -> Iterator[tuple[int, Kind]]:
+    for length, flags in runs:
+        if at >= high:
             return
-        yield Extent(at, length, Kind.ZERO if flags & wire.STATE_ZERO else Kind.DATA)
         at += length
+        yield min(at, high), with_it if flags & flag else without
 
 
-def _dirty(at: int, high: int, bitmap: Runs) -> Iterator[Extent]:
+def _overlaid(
+    at: int, high: int, bitmap: Runs, allocation: Runs
+) -> Iterator[tuple[int, Kind]]:
+    allocated = iter(allocation)
+    below_end, below = at, Kind.DATA
+    run_end = at
     for length, flags in bitmap:
-        length = min(length, high - at)
-        if length <= 0:
-            return
-        yield Extent(at, length, Kind.DATA if flags & wire.STATE_DIRTY else Kind.CLEAN)
-        at += length
-
-
-def _overlaid(at: int, high: int, bitmap: Runs, allocation: Runs) -> Iterator[Extent]:
-    allocated = _allocated(at, high, allocation)
-    below = next(allocated)
-    for run in _dirty(at, high, bitmap):
-        if run.kind is Kind.CLEAN:
-            yield run
+        run_end = min(run_end + length, high)
+        if not flags & wire.STATE_DIRTY:
+            at = run_end
+            yield at, Kind.CLEAN
             continue
-        at = run.offset
-        while at < run.end:
-            while below.end <= at:
-                below = next(allocated)
-            stop = min(below.end, run.end)
-            yield Extent(at, stop - at, below.kind)
-            at = stop
+        while at < run_end:
+            while below_end <= at:
+                length, state = next(allocated)
+                below_end += length
+                below = Kind.ZERO if state & wire.STATE_ZERO else Kind.DATA
+            at = min(below_end, run_end)
+            yield at, below
 
 
 def is_zero(buffer: bytearray | memoryview, start: int, length: int) -> bool:
