@@ -185,7 +185,7 @@ async def network(call: Call) -> Any:
     ]
 
 
-@route("GET", "/nodes/{node}/capabilities/qemu/machines")
+@route("GET", "/nodes/{node}/capabilities/qemu/machines", "9:arch=x86_64|aarch64")
 async def machines(call: Call) -> Any:
     major, minor = call.site.qemu_version
     versions = [f"{major}.{minor}", "9.2", "9.0", "8.1"]

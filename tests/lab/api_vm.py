@@ -49,7 +49,7 @@ async def vms(call: Call) -> Any:
 @route(
     "POST",
     QEMU,
-    "vmid=vmid! archive=str<=255 bwlimit=int(0,) force=bool ha-managed=bool "
+    "vmid=vmid! archive=str<=255 bwlimit=int(0,) force=bool 9:ha-managed=bool "
     "import-working-storage=str live-restore=bool pool=str start=bool storage=str "
     "unique=bool",
     config=True,
@@ -201,7 +201,7 @@ async def current(call: Call) -> Any:
     f"{VM}/status/start",
     "force-cpu=str machine=str migratedfrom=str migration_network=str "
     "migration_type=secure|insecure nets-host-mtu=str skiplock=bool stateuri=str<=128 "
-    "targetstorage=str timeout=int(0,)",
+    "targetstorage=str timeout=int(0,) 9:with-conntrack-state=bool",
     need="VM.PowerMgmt",
 )
 async def start(call: Call) -> Any:

@@ -15,6 +15,7 @@ VNC, VGA, USB, boot splash      none: less memory, quicker boot
 system has no O_DIRECT
 pve-q35-4.0.cfg, firmware       bridges by ``-device``, Debian's OVMF
 ``pc+pve0``, ``-id``            ``pc``, none: stock QEMU knows neither
+QEMU built without file locks   ``locking=off`` on every file
 no serial port                  ``isa-serial`` into ``log/ID.serial``
 ==============================  ====================================================
 """
@@ -120,6 +121,8 @@ def _changed(option: str, value: str, bench: Bench) -> str | None:
             value = value.replace("aio=native", "aio=threads")
             if not bench.direct_io:
                 value = re.sub(r"cache=(none|directsync)", "cache=writeback", value)
+            if re.search(r"(^|,)file=", value):
+                value += ",file.locking=off"
             return value.replace(f"{FIRMWARE}/", f"{bench.firmware}/")
         case "-blockdev":
             return json.dumps(adapt_node(json.loads(value), bench))
@@ -136,6 +139,8 @@ def adapt_node(node: dict[str, Any], bench: Bench) -> dict[str, Any]:
         result["aio"] = "threads"
     if not bench.direct_io and "cache" in result:
         result["cache"] = {**result["cache"], "direct": False}
+    if result.get("driver") in ("file", "host_device"):
+        result["locking"] = "off"
     if filename := result.get("filename"):
         filename = filename.replace(f"{FIRMWARE}/", f"{bench.firmware}/")
         result["filename"] = filename

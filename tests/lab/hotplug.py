@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from .cmdline import (
@@ -66,6 +67,7 @@ async def plug(machine: Machine, conf: VmConf, drive: Drive) -> None:
             text = text.replace(f"aio={aio}", "aio=threads")
         if not machine.bench().direct_io:
             text = text.replace("cache=none", "cache=writeback")
+        text += ",file.locking=off"
         commands.append(
             _command(
                 "human-monitor-command",
@@ -105,23 +107,26 @@ async def unplug(machine: Machine, conf: VmConf, drive: Drive) -> None:
 async def mirror(machine: Machine, drive: Drive, target: Drive, volume: Volume) -> None:
     """Move a running VM's disk to another volume by ``blockdev-mirror``."""
     node = adapt_node(blockdev(target, volume), machine.bench())["file"]
+    replaced: dict[str, Any] = {}
     if machine.modern:
-        source = await format_node(machine, drive)
-    else:
-        source = f"drive-{drive.key}"
+        # The copy takes the place of the format node, below the throttle node.
+        replaced["replaces"] = await format_node(machine, drive)
     job = f"mirror-{drive.key}"
     await machine.qmp("blockdev-add", **_underscored(node))
     try:
         await machine.qmp(
             "blockdev-mirror",
-            job_id=job, device=source, target=node["node-name"], sync="full",
+            job_id=job, device=f"drive-{drive.key}", target=node["node-name"],
+            sync="full", **replaced,
         )  # fmt: skip
         await _finish(machine, job)
     except BaseException:
         await machine.qmp("blockdev-del", node_name=node["node-name"])
         raise
     if machine.modern:
-        await machine.qmp("blockdev-del", node_name=source)
+        # Part of the -blockdev it came with, it is gone with its last user.
+        with contextlib.suppress(QmpRefused):
+            await machine.qmp("blockdev-del", node_name=replaced["replaces"])
 
 
 async def _finish(machine: Machine, job: str) -> None:

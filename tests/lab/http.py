@@ -55,7 +55,8 @@ class Route:
     method: str
     template: str
     pattern: re.Pattern[str]
-    params: dict[str, P]
+    params: dict[str, dict[str, P]]
+    """By the release's first digit."""
     handler: Handler
     need: tuple[str, ...]
     need_8: tuple[str, ...]
@@ -94,7 +95,7 @@ def route(
                 method,
                 template,
                 re.compile(expression),
-                table(params),
+                {"8": table(params, "8.4"), "9": table(params, "9.2")},
                 handler,
                 tuple(need.split()),
                 tuple((need if need_8 is None else need_8).split()),
@@ -198,7 +199,10 @@ class Proxy:
         call = Call(self.site, user, self.node, variables, {})
         self._variables(call)
         call.params = verify(
-            given, found.params, config=found.config, release=self.site.release
+            given,
+            found.params[self.site.release[0]],
+            config=found.config,
+            release=self.site.release,
         )
         self._permit(found, call)
         await self.site.faults.before_call(method, path)

@@ -322,7 +322,7 @@ async def resize(site: Site, node: LabNode, vmid: int, key: str, text: str) -> N
             raise die("shrinking disks is not supported")
         machine = site.machine(vmid, node)
         if machine.running:
-            if storage.format(drive.file) == "raw":
+            if storage.type == "lvm":
                 await asyncio.to_thread(storage.resize, drive.file, wanted)
             if machine.modern:
                 name = {"node_name": await hotplug.format_node(machine, drive)}

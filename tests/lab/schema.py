@@ -7,7 +7,7 @@ A test compares this table with the schema of the real releases where that is at
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ApiError
@@ -56,9 +56,14 @@ def _p(text: str) -> P:
     return P("string", required, enum=tuple(text.split("|")))
 
 
-def table(text: str) -> dict[str, P]:
-    pairs = (item.split("=", 1) for item in text.split())
-    return {name: _p(kind) for name, kind in pairs}
+def table(text: str, release: str = "9.2") -> dict[str, P]:
+    """Read ``name=kind`` words; ``9:name=kind`` is unknown to 8.4."""
+    found = {}
+    for item in text.split():
+        name, kind = item.removeprefix("9:").split("=", 1)
+        if release.startswith("9") or not item.startswith("9:"):
+            found[name] = _p(kind)
+    return found
 
 
 CONFIG = table(
@@ -113,7 +118,7 @@ _NET = frozenset(
     pcnet queues rate rtl8139 tag trunks virtio vmxnet3""".split()
 )
 _EFI = frozenset(
-    "efitype file format import-from pre-enrolled-keys size volume".split()
+    "efitype file format import-from ms-cert pre-enrolled-keys size volume".split()
 )
 _TPM = frozenset("file format import-from size version volume".split())
 _AGENT = frozenset("enabled freeze-fs-on-backup fstrim_cloned_disks type".split())
@@ -132,6 +137,7 @@ INDEXED = {
         for bus, count in BUSES.items()
     },
 }
+GEOMETRY = {"cyls", "heads", "secs", "trans"}
 ONLY_9 = {"allow-ksm", "intel-tdx"}
 
 
@@ -139,9 +145,9 @@ def config_type(key: str, release: str = "9.2") -> P | None:
     """How a configuration key is verified; None when there is no such key."""
     nine = release.startswith("9")
     if key == "efidisk0":
-        return P(props=_EFI | ({"ms-cert"} if nine else set()), default_key="file")
+        return P(props=_EFI, default_key="file")
     if key == "tpmstate0":
-        return P(props=_TPM, default_key="file")
+        return P(props=_TPM - (set() if nine else {"format"}), default_key="file")
     if key == "agent":
         more = {"freeze-fs", "guest-fsfreeze"} if nine else set()
         return P(props=_AGENT | more, default_key="enabled")
@@ -150,6 +156,12 @@ def config_type(key: str, release: str = "9.2") -> P | None:
     match = re.fullmatch(r"([a-z]+)(0|[1-9]\d*)", key)
     if match and match[1] in INDEXED:
         highest, kind = INDEXED[match[1]]
+        if match[1] in BUSES and not nine:
+            assert kind.props
+            kind = replace(kind, props=kind.props | GEOMETRY)
+        if match[1] == "net" and not nine:
+            assert kind.props
+            kind = replace(kind, props=kind.props - {"host-tunnel"})
         return kind if int(match[2]) <= highest else None
     return None
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -380,14 +381,16 @@ def holders(path: Path) -> list[int]:
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
-        try:
-            for fd in os.scandir(process / "fd"):
-                stat = os.stat(fd.path)
+        with contextlib.suppress(OSError), os.scandir(process / "fd") as fds:
+            # suppressed: the process went away meanwhile
+            for fd in fds:
+                try:
+                    stat = os.stat(fd.path)
+                except OSError:
+                    continue
                 if (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino):
                     found.append(int(process.name))
                     break
-        except OSError:
-            continue  # the process or the descriptor went away
     return found
 
 

@@ -254,7 +254,8 @@ async def make_vm(
     fmt: str | None,
 ) -> LabVm:
     """Create a VM as root, disks copied from images where a path is given."""
-    values = {"memory": "128", "scsihw": "virtio-scsi-single", "name": f"vm{vmid}"}
+    memory = "256" if config.get("bios") == "ovmf" else "128"
+    values = {"memory": memory, "scsihw": "virtio-scsi-single", "name": f"vm{vmid}"}
     values |= config
     params: dict[str, Any] = {
         key: value for key, value in values.items() if key not in disks
