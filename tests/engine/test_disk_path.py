@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk's whole path without QEMU or Bacula: NBD → image → NBD, and its failures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from pveplug.diskstream import DiskStream, RateLimit, give_back_unread, scan
+from pveplug.errors import IntegrityError, NbdError
+from pveplug.images.chain import Chain, JobRecord
+from pveplug.images.clusters import ClusterMap
+from pveplug.images.digests import DigestWriter
+from pveplug.images.manifest import DiskEntry, Manifest, backing_name
+from pveplug.nbd.client import connect
+from pveplug.proto.nbd_wire import Command
+from pveplug.restore_disk import DiskWriter
+from pveplug.units import CLUSTER, MiB
+from tests.support.nbd_model import Manner, ModelServer, serving
+
+DIRTY = "qemu:dirty-bitmap:u"
+BASE = "base:allocation"
+
+
+class MemoryFile:
+    """What Bacula would keep of a file: pieces at offsets."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+
+    async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
+        self.pieces.append((offset, b"".join(buffers)))
+
+
+class Given:
+    """What Bacula gives back, cut anew."""
+
+    def __init__(self, kept: MemoryFile, size: int, step: int = 65528) -> None:
+        self.kept, self.size, self.step = kept, size, step
+
+    async def data(self) -> AsyncIterator[tuple[int, memoryview]]:
+        for offset, piece in self.kept.pieces:
+            for at in range(0, len(piece), self.step):
+                yield offset + at, memoryview(piece)[at : at + self.step]
+
+
+async def received_and_finished(
+    writer: DiskWriter, job: str, image: Given, root: str
+) -> None:
+    await writer.receive(job, image, root)
+    await writer.finish()
+
+
+def scribbled(size: int, seed: int, share: float) -> bytearray:
+    rng = random.Random(seed)
+    disk = bytearray(size)
+    for at in range(0, size, CLUSTER):
+        if rng.random() < share:
+            length = min(CLUSTER, size - at)
+            disk[at : at + length] = rng.randbytes(length)
+    return disk
+
+
+def allocation(disk: bytearray) -> list[tuple[int, int]]:
+    return [
+        (min(4096, len(disk) - at), 0 if any(disk[at : at + 4096]) else 3)
+        for at in range(0, len(disk), 4096)
+    ]
+
+
+def dirty(before: bytes, now: bytes) -> list[tuple[int, int]]:
+    return [
+        (
+            min(CLUSTER, len(now) - at),
+            int(before[at : at + CLUSTER] != now[at : at + CLUSTER]),
+        )
+        for at in range(0, len(now), CLUSTER)
+    ]
+
+
+async def image_of(
+    base: Path,
+    disk: bytearray,
+    *,
+    before: bytes | None = None,
+    parent: str | None = None,
+    manner: Manner | None = None,
+    trim: bool = False,
+) -> tuple[MemoryFile, int, ClusterMap, str, DiskStream]:
+    manner = manner or Manner()
+    manner.contexts = {BASE: allocation(disk)}
+    if before is not None:
+        padded = before + bytes(max(0, len(disk) - len(before)))
+        runs = dirty(padded[: len(disk)], bytes(disk))
+        known = -(-len(before) // CLUSTER)
+        manner.contexts[DIRTY] = runs[:known] + [(n, 0) for n, _ in runs[known:]]
+    kept = MemoryFile()
+    async with serving(str(base / "src"), lambda: ModelServer(disk, manner)) as address:
+        contexts = [BASE, *([DIRTY] if before is not None else [])]
+        async with await connect(address, contexts=contexts) as client:
+            clusters = await scan(
+                client,
+                context=DIRTY if before is not None else None,
+                known=len(before or b""),
+            )
+            if trim:
+                await give_back_unread(client, clusters)
+            digest = DigestWriter(clusters, overlay=parent is not None)
+            stream = DiskStream(
+                client,
+                clusters,
+                backing=backing_name(parent, "scsi0") if parent else None,
+                trim=trim,
+                limit=RateLimit(0),
+                digest=digest,
+            )
+            try:
+                await stream.send(kept)
+            finally:
+                await stream.aclose()
+            root = digest.finish()[1]
+    return kept, stream.file_size, clusters, root, stream
+
+
+def record(
+    job: str, parent: str | None, size: int, clusters: ClusterMap, root: str, at: int
+) -> JobRecord:
+    entry = DiskEntry(
+        key="scsi0",
+        size=size,
+        backing=backing_name(parent, "scsi0") if parent else None,
+        digest_root=root,
+    )
+    manifest = Manifest(
+        vmid=100,
+        uuid="1a2b3c4d-0000-0000-0000-000000000000",
+        vm_name="vm",
+        job=job,
+        parent_job=parent,
+        level="I" if parent else "F",
+        started=at,
+        node="pve1",
+        consistency="",
+        config="",
+        disks=(entry,),
+    )
+    return JobRecord(manifest, {"scsi0": clusters.to_bytes()})
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+@pytest.mark.parametrize("owners", [True, False])
+async def test_a_chain_of_images_becomes_the_disk_again(
+    short_tmp: Path, zeroed: bool, owners: bool
+) -> None:
+    states = [
+        scribbled(3 * MiB + 512, 1, 0.5),
+        scribbled(3 * MiB + 512, 1, 0.5),
+        scribbled(4 * MiB + 1024, 3, 0.4),
+    ]
+    states[1][CLUSTER * 3 : CLUSTER * 7] = bytes(CLUSTER * 4)
+    states[1][CLUSTER * 9 : CLUSTER * 9 + 100] = b"x" * 100
+    states[2][: len(states[1])] = states[1]
+    states[2][5 * CLUSTER : 6 * CLUSTER] = random.Random(9).randbytes(CLUSTER)
+    kept, records, parent, before = {}, [], None, None
+    for number, state in enumerate(states):
+        job = f"j.2026-01-01_00.00.0{number}_01"
+        file, size, clusters, root, _ = await image_of(
+            short_tmp, state, before=before, parent=parent
+        )
+        kept[job] = (file, size, root)
+        records.append(record(job, parent, len(state), clusters, root, number))
+        parent, before = job, bytes(state)
+    if not owners:
+        records = [JobRecord(r.manifest, None) for r in records]
+    chain = Chain(records)
+    truth = states[-1]
+    rubbish = bytes(1) if zeroed else b"\xa5"
+    target = bytearray(rubbish * (len(truth) + 3 * 512))
+    async with (
+        serving(
+            str(short_tmp / "dst"), lambda: ModelServer(target, Manner())
+        ) as address,
+    ):
+        writer = DiskWriter("scsi0", chain=chain, zeroed=zeroed, limit=RateLimit(0))
+        await writer.open(address)
+        for job, (file, size, root) in kept.items():
+            await writer.receive(job, Given(file, size), root)
+        assert writer.complete
+        await writer.finish()
+    assert target[: len(truth)] == truth
+    assert not any(target[len(truth) :])
+
+
+async def test_a_zero_cluster_travels_as_a_hole(short_tmp: Path) -> None:
+    disk = bytearray(b"\1" * CLUSTER + bytes(CLUSTER) + b"\2" * CLUSTER)
+    manner = Manner()
+    kept, _, _, _, stream = await image_of(short_tmp, disk, manner=manner)
+    assert stream.progress.zero == 0  # told by base:allocation, so never read
+    manner = Manner(contexts={})
+    async with serving(
+        str(short_tmp / "s"), lambda: ModelServer(disk, manner)
+    ) as address:
+        async with await connect(address) as client:
+            clusters = await scan(client, context=None, known=0)
+            stream = DiskStream(
+                client, clusters, backing=None, trim=False, limit=RateLimit(0)
+            )
+            kept = MemoryFile()
+            await stream.send(kept)
+            await stream.aclose()
+    assert stream.progress.read == 3 * CLUSTER
+    assert stream.progress.zero == CLUSTER
+    assert not any(
+        set(piece) == {0} for _, piece in kept.pieces if len(piece) >= CLUSTER
+    )
+
+
+async def test_a_failed_read_fails_the_image(short_tmp: Path) -> None:
+    disk = scribbled(2 * MiB, 5, 1.0)
+
+    def fail(command: Command, offset: int, length: int) -> int:
+        inside = offset <= MiB < offset + length
+        return 5 if command is Command.READ and inside else 0
+
+    with pytest.raises(NbdError):
+        await image_of(short_tmp, disk, manner=Manner(fail=fail))
+
+
+async def test_a_failed_trim_fails_the_image(short_tmp: Path) -> None:
+    def fail(command: Command, offset: int, length: int) -> int:
+        return 5 if command is Command.TRIM else 0
+
+    with pytest.raises(NbdError):
+        await image_of(
+            short_tmp, scribbled(MiB, 5, 1.0), manner=Manner(fail=fail), trim=True
+        )
+
+
+async def test_a_failed_write_never_completes_a_disk(short_tmp: Path) -> None:
+    disk = scribbled(2 * MiB, 5, 1.0)
+    file, size, clusters, root, _ = await image_of(short_tmp, disk)
+    chain = Chain(
+        [record("j.2026-01-01_00.00.00_01", None, 2 * MiB, clusters, root, 1)]
+    )
+
+    def fail(command: Command, offset: int, length: int) -> int:
+        inside = offset <= MiB < offset + length
+        return 28 if command is Command.WRITE and inside else 0
+
+    target = bytearray(2 * MiB)
+    async with serving(
+        str(short_tmp / "d"), lambda: ModelServer(target, Manner(fail=fail))
+    ) as address:
+        writer = DiskWriter("scsi0", chain=chain, zeroed=True, limit=RateLimit(0))
+        await writer.open(address)
+        with pytest.raises(NbdError):
+            await received_and_finished(writer, chain.head.job, Given(file, size), root)
+        await writer.give_up()
+
+
+async def test_an_image_that_is_cut_short_is_refused(short_tmp: Path) -> None:
+    disk = scribbled(2 * MiB, 5, 1.0)
+    file, size, clusters, root, _ = await image_of(short_tmp, disk)
+    file.pieces.pop()
+    chain = Chain(
+        [record("j.2026-01-01_00.00.00_01", None, 2 * MiB, clusters, root, 1)]
+    )
+    async with serving(
+        str(short_tmp / "d"), lambda: ModelServer(bytearray(2 * MiB), Manner())
+    ) as a:
+        writer = DiskWriter("scsi0", chain=chain, zeroed=True, limit=RateLimit(0))
+        await writer.open(a)
+        with pytest.raises(IntegrityError):
+            await writer.receive(chain.head.job, Given(file, size), root)
+        assert not writer.complete
+        await writer.give_up()
+
+
+async def test_a_changed_byte_is_found_by_the_digests(short_tmp: Path) -> None:
+    disk = scribbled(2 * MiB, 5, 1.0)
+    file, size, clusters, root, _ = await image_of(short_tmp, disk)
+    at = next(i for i, (_, p) in enumerate(file.pieces) if len(p) > CLUSTER)
+    offset, piece = file.pieces[at]
+    file.pieces[at] = (offset, piece[:-1] + bytes([piece[-1] ^ 1]))
+    chain = Chain(
+        [record("j.2026-01-01_00.00.00_01", None, 2 * MiB, clusters, root, 1)]
+    )
+    async with serving(
+        str(short_tmp / "d"), lambda: ModelServer(bytearray(2 * MiB), Manner())
+    ) as a:
+        writer = DiskWriter("scsi0", chain=chain, zeroed=True, limit=RateLimit(0))
+        await writer.open(a)
+        with pytest.raises(IntegrityError, match="digest"):
+            await writer.receive(chain.head.job, Given(file, size), root)
+        await writer.give_up()
+
+
+async def test_a_member_out_of_order_is_refused_without_owners(short_tmp: Path) -> None:
+    first = scribbled(MiB, 5, 1.0)
+    second = bytearray(first)
+    second[:CLUSTER] = bytes(b"\7" * CLUSTER)
+    one, two = "j.2026-01-01_00.00.00_01", "j.2026-01-01_00.00.01_02"
+    file, size, _, root, _ = await image_of(
+        short_tmp, second, before=bytes(first), parent=one
+    )
+    async with serving(
+        str(short_tmp / "d"), lambda: ModelServer(bytearray(MiB), Manner())
+    ) as address:
+        writer = DiskWriter("scsi0", chain=None, zeroed=True, limit=RateLimit(0))
+        await writer.open(address)
+        with pytest.raises(IntegrityError, match=one):
+            await writer.receive(two, Given(file, size), root)
+        await writer.give_up()
+
+
+async def test_the_rate_limit_makes_readers_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("pveplug.diskstream.asyncio.sleep", sleep)
+    limit = RateLimit(1000, clock=lambda: 5.0)
+    for _ in range(4):
+        await limit.spend(500)
+    assert slept == pytest.approx([0.5, 1.0, 1.5, 2.0])
