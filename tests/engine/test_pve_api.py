@@ -739,8 +739,10 @@ async def test_the_remaining_calls_reach_their_paths(pve, api):
             assert call.query == {"content": ["images"], "vmid": ["100"]}
 
 
+@pytest.mark.optional("recorded PVE data lies beside the project, not in it")
 async def test_every_call_exists_in_the_schema_of_proxmox_ve(pve, api):
-    schema_file = Path("/work/shared/data/pve-api-schema.json")
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    schema_file = beside / "pve-api-schema.json"
     if not schema_file.exists():
         pytest.skip("no recorded API schema on this machine")
     schema = json.loads(schema_file.read_text())["endpoints"]
