@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a connection as it is configured to the API, its secret read on the way."""
+"""From the configuration to the API, and from a selection to its VMs."""
 
 from __future__ import annotations
 
 import asyncio
 
 from pveplug.config import Connection, TokenLogin
+from pveplug.events import Reporter
 from pveplug.log import register_secret
 from pveplug.pve import Endpoint, PveApi, TicketAuth, TokenAuth
+from pveplug.selection import Selection, VmSummary, select
 
 
 async def open_api(connection: Connection) -> PveApi:
@@ -33,3 +35,24 @@ async def open_api(connection: Connection) -> PveApi:
         connection.timeout_s,
     )
     return PveApi(endpoint, auth)
+
+
+async def choose_vms(
+    api: PveApi, selection: Selection, node: str, say: Reporter
+) -> tuple[VmSummary, ...]:
+    """Return the VMs of ``node`` that are selected, and say what is noteworthy.
+
+    Raises:
+        ConfigError: an id that isn't there or is elsewhere; nothing matched.
+    """
+    vms = [
+        VmSummary(r.vmid, r.name, r.node, r.pool, r.tags, r.template, r.status)
+        for r in await api.resources()
+    ]
+    selected = select(vms, selection, node=node)
+    for note in selected.notes:
+        say.info(note)
+    if len(selected.chosen) > 1:
+        ids = ", ".join(str(vm.vmid) for vm in selected.chosen)
+        say.info(f"{len(selected.chosen)} VMs selected: {ids}")
+    return selected.chosen

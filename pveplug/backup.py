@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from pveplug import __version__
+from pveplug.access import choose_vms
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
@@ -50,7 +51,7 @@ from pveplug.progress import reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from pveplug.scratch import watch
-from pveplug.selection import VmSummary, select
+from pveplug.selection import VmSummary
 from pveplug.source import Opened, ReadableDisk, open_vm
 from pveplug.tasks import first_failure
 from pveplug.units import KiB
@@ -109,7 +110,9 @@ class Backup:
                 "Bacula 9.6 stores data with offsets unencrypted even when the FileSet "
                 "encrypts; set offsets=no if it does"
             )
-        chosen = await self._selected()
+        chosen = await choose_vms(
+            self._api, self._config.selection, self._here, self._session
+        )
         failures: list[tuple[VmSummary, PveplugError]] = []
         for vm in chosen:
             try:
@@ -126,20 +129,6 @@ class Backup:
                 f"{len(failures)} of {len(chosen)} VMs were not backed up: {names}; "
                 f"the first failed with: {failures[0][1]}"
             ) from failures[0][1]
-
-    async def _selected(self) -> tuple[VmSummary, ...]:
-        resources = await self._api.resources()
-        vms = [
-            VmSummary(r.vmid, r.name, r.node, r.pool, r.tags, r.template, r.status)
-            for r in resources
-        ]
-        selected = select(vms, self._config.selection, node=self._here)
-        for note in selected.notes:
-            self._session.info(note)
-        if len(selected.chosen) > 1:
-            ids = ", ".join(str(vm.vmid) for vm in selected.chosen)
-            self._session.info(f"{len(selected.chosen)} VMs to back up: {ids}")
-        return selected.chosen
 
     async def _back_up(self, vm: VmSummary) -> None:
         job = self._session.job

@@ -8,6 +8,7 @@ else counts with the disk's size. Nothing is frozen, locked or added.
 from __future__ import annotations
 
 from pveplug import cbt
+from pveplug.access import choose_vms
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.blockgraph import find_disks
 from pveplug.cleanup import query_graph
@@ -18,7 +19,7 @@ from pveplug.node import Node
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from pveplug.qmp import qmp_session
-from pveplug.selection import SelectedDisks, VmSummary, select, select_disks
+from pveplug.selection import SelectedDisks, VmSummary, select_disks
 from pveplug.units import human
 from pveplug.vmconfig import smbios_uuid
 
@@ -43,12 +44,10 @@ class Estimate:
 
     async def run(self) -> None:
         """List the images that a backup would make, with what it would read."""
-        vms = [
-            VmSummary(r.vmid, r.name, r.node, r.pool, r.tags, r.template, r.status)
-            for r in await self._api.resources()
-        ]
-        selected = select(vms, self._config.selection, node=self._here)
-        for vm in selected.chosen:
+        chosen = await choose_vms(
+            self._api, self._config.selection, self._here, self._session
+        )
+        for vm in chosen:
             config = dict((await self._api.vm_config(self._here, vm.vmid)).values)
             disks = select_disks(
                 config, self._config.selection.exclude_disk, vmid=vm.vmid
