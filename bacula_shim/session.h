@@ -95,6 +95,9 @@ void say(struct job *job, int type, const char *format, ...) __attribute__((form
 /* FATAL, unless the job was cancelled: then its status says so already.  Always false. */
 bool fail(struct job *job, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* A variable of the daemon, 0 if it has none. */
+int number_value(struct job *job, int variable);
+
 /* T, R, f, E, A... as the daemon sees it now. */
 char job_status(struct job *job);
 

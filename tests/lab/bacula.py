@@ -23,179 +23,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from tests.lab import bacula_config as config
 
 TERMINAL = frozenset("TWEefADI")
 """Job status letters that no longer change: T and W are success, A is cancelled."""
-
-DIRECTOR = """\
-Director {{
-  Name = lab-dir
-  DirAddresses = {{ ip = {{ addr = 127.0.0.1; port = {dir_port} }} }}
-  QueryFile = "{base}/etc/query.sql"
-  WorkingDirectory = "{base}/work"
-  PidDirectory = "{base}/run"
-  Maximum Concurrent Jobs = 20
-  Password = "{password}"
-  Messages = lab-messages
-}}
-Catalog {{
-  Name = lab-catalog
-  dbname = "lab"
-  dbuser = "lab"
-  dbpassword = ""
-}}
-Messages {{
-  Name = lab-messages
-  append = "{base}/log/jobs.log" = all, !skipped
-  catalog = all, !skipped
-}}
-Client {{
-  Name = lab-fd
-  Address = 127.0.0.1
-  FDPort = {fd_port}
-  Catalog = lab-catalog
-  Password = "{password}"
-  Maximum Concurrent Jobs = 20
-  AutoPrune = no
-}}
-JobDefs {{
-  Name = lab-defaults
-  Type = Backup
-  Level = Full
-  Client = lab-fd
-  Storage = lab-storage-1
-  Pool = lab-pool-1
-  Messages = lab-messages
-  Allow Mixed Priority = yes
-}}
-FileSet {{
-  Name = lab-nothing
-  Include {{
-    Options {{
-      signature = MD5
-    }}
-    File = /nonexistent
-  }}
-}}
-Job {{
-  Name = lab-restore
-  Type = Restore
-  Client = lab-fd
-  Storage = lab-storage-1
-  Pool = lab-pool-1
-  Messages = lab-messages
-  FileSet = lab-nothing
-  Where = ""
-  Maximum Concurrent Jobs = 20
-}}
-@|"sh -c 'cat {base}/etc/storages.d/*.conf {base}/etc/jobs.d/*.conf 2>/dev/null || true'"
-"""
-
-DIRECTOR_STORAGE = """\
-Storage {{
-  Name = lab-storage-{number}
-  Address = 127.0.0.1
-  SDPort = {sd_port}
-  Password = "{password}"
-  Device = lab-device-{number}
-  Media Type = LabFile{number}
-  Maximum Concurrent Jobs = 20
-}}
-Pool {{
-  Name = lab-pool-{number}
-  Pool Type = Backup
-  LabelFormat = "Lab{number}-"
-  AutoPrune = no
-  Recycle = no
-}}
-"""
-
-STORAGE = """\
-Storage {{
-  Name = lab-sd
-  SDAddresses = {{ ip = {{ addr = 127.0.0.1; port = {sd_port} }} }}
-  WorkingDirectory = "{base}/work"
-  PidDirectory = "{base}/run"
-  Maximum Concurrent Jobs = 20
-}}
-Director {{
-  Name = lab-dir
-  Password = "{password}"
-}}
-Messages {{
-  Name = Standard
-  director = lab-dir = all
-}}
-"""
-
-DEVICE = """\
-Device {{
-  Name = lab-device-{number}
-  Media Type = LabFile{number}
-  Device Type = File
-  Archive Device = "{base}/volumes"
-  LabelMedia = yes
-  Random Access = yes
-  AutomaticMount = yes
-  RemovableMedia = no
-  AlwaysOpen = no
-  Maximum Concurrent Jobs = 20
-}}
-"""
-
-CLIENT = """\
-FileDaemon {{
-  Name = lab-fd
-  FDAddresses = {{ ip = {{ addr = 127.0.0.1; port = {fd_port} }} }}
-  WorkingDirectory = "{base}/work"
-  PidDirectory = "{base}/run"
-  Plugin Directory = "{plugin_dir}"
-  Maximum Concurrent Jobs = 20
-{pki}}}
-Director {{
-  Name = lab-dir
-  Password = "{password}"
-}}
-Messages {{
-  Name = Standard
-  director = lab-dir = all, !skipped, !restored
-}}
-"""
-
-PKI = """\
-  PKI Signatures = yes
-  PKI Encryption = yes
-  PKI Keypair = "{base}/etc/fd-keypair.pem"
-"""
-
-CONSOLE = """\
-Director {{
-  Name = lab-dir
-  DIRport = {dir_port}
-  Address = 127.0.0.1
-  Password = "{password}"
-}}
-"""
-
-JOB = """\
-FileSet {{
-  Name = "{fileset}"
-  Ignore FileSet Changes = yes
-  Include {{
-    Options {{
-{options}
-    }}
-{plugins}
-  }}
-}}
-Job {{
-  Name = "{name}"
-  JobDefs = lab-defaults
-  FileSet = "{fileset}"
-{directives}
-}}
-"""
 
 
 class LabError(Exception):
@@ -292,7 +125,7 @@ class BaculaLab:
 
     Args:
         base: an empty or missing directory; kept afterwards.
-        prefix: where another Bacula's packages were unpacked; None is the installed one.
+        prefix: where another Bacula's packages were unpacked; None: the installed one.
         plugin_dir: the file daemon's, with real files ending in ``-fd.so``.
         env: added to the daemons' environment, and so to that of the backend.
         pki: the file daemon encrypts and signs with a key made here.
@@ -327,7 +160,7 @@ class BaculaLab:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._ports: dict[str, int] = {}
 
-    # --- life --------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self.start()
@@ -414,7 +247,7 @@ class BaculaLab:
         process = self._daemons.get(daemon)
         return process is not None and process.poll() is None
 
-    # --- configuration -----------------------------------------------------------------
+    # --- configuration ----------------------------------------------------------------
 
     def add_job(
         self,
@@ -441,7 +274,7 @@ class BaculaLab:
             "Maximum Concurrent Jobs": "10",
             **{key.replace("_", " "): value for key, value in directives.items()},
         }
-        text = JOB.format(
+        text = config.JOB.format(
             name=name,
             fileset=f"fs-{name}",
             options="\n".join(f"      {line.strip()}" for line in options.splitlines()),
@@ -465,18 +298,18 @@ class BaculaLab:
             "password": "lab-only",
             **{f"{daemon}_port": port for daemon, port in self._ports.items()},
         }
-        pki = PKI.format(**values) if self.pki else ""
+        pki = config.PKI.format(**values) if self.pki else ""
         etc = self.base / "etc"
         (etc / "query.sql").touch()
         devices = ""
         for number in range(1, self.storages + 1):
-            devices += DEVICE.format(number=number, **values)
+            devices += config.DEVICE.format(number=number, **values)
             path = etc / f"storages.d/{number}.conf"
-            path.write_text(DIRECTOR_STORAGE.format(number=number, **values))
-        (etc / "bacula-dir.conf").write_text(DIRECTOR.format(**values))
-        (etc / "bacula-sd.conf").write_text(STORAGE.format(**values) + devices)
-        (etc / "bacula-fd.conf").write_text(CLIENT.format(pki=pki, **values))
-        (etc / "bconsole.conf").write_text(CONSOLE.format(**values))
+            path.write_text(config.DIRECTOR_STORAGE.format(number=number, **values))
+        (etc / "bacula-dir.conf").write_text(config.DIRECTOR.format(**values))
+        (etc / "bacula-sd.conf").write_text(config.STORAGE.format(**values) + devices)
+        (etc / "bacula-fd.conf").write_text(config.CLIENT.format(pki=pki, **values))
+        (etc / "bconsole.conf").write_text(config.CONSOLE.format(**values))
 
     def _make_catalogue(self) -> None:
         if self.catalogue.exists():
@@ -526,7 +359,7 @@ class BaculaLab:
             + certificate.public_bytes(serialization.Encoding.PEM)
         )
 
-    # --- console -----------------------------------------------------------------------
+    # --- console ----------------------------------------------------------------------
 
     def _bconsole(self) -> list[str]:
         program = self._programs / "bconsole"
@@ -554,7 +387,7 @@ class BaculaLab:
             raise LabError(f"bconsole failed: {said}")
         return said
 
-    # --- jobs --------------------------------------------------------------------------
+    # --- jobs -------------------------------------------------------------------------
 
     def start_job(self, name: str, level: str = "Full") -> int:
         """Queue a backup; returns its JobId."""
@@ -640,9 +473,9 @@ class BaculaLab:
         finally:
             conversation.close()
 
-    def restore(self, *, timeout: float = 120, **arguments: object) -> JobResult:
+    def restore(self, *, timeout: float = 120, **arguments: Any) -> JobResult:
         """As :meth:`start_restore`, and wait for the end."""
-        return self.wait(self.start_restore(**arguments), timeout)  # type: ignore[arg-type]
+        return self.wait(self.start_restore(**arguments), timeout)
 
     def _restore_with_options(
         self, console: Conversation, command: str, options: Mapping[str, str]
@@ -666,7 +499,7 @@ class BaculaLab:
         console.send("yes")
         return int(console.expect(r"Job queued\. JobId=(\d+)")[1])
 
-    # --- catalogue ---------------------------------------------------------------------
+    # --- catalogue --------------------------------------------------------------------
 
     @property
     def catalogue(self) -> Path:

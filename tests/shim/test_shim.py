@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shim under ASan and UBSan, loaded by a fake bacula-fd, against a scripted backend."""
+"""The shim under ASan and UBSan in a fake bacula-fd, against a scripted backend."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,8 +26,14 @@ ENTRIES: list[dict[str, Any]] = [
     {
         "file": NAME,
         "size": 3_000_001,
-        "runs": [[0, 65536], [65536, 300_000], [1_000_000, 97], [2_000_000, 500_000]]
-        + [[500_000, 4096], [3_000_000, 1]],
+        "runs": [
+            [0, 65536],
+            [65536, 300000],
+            [1000000, 97],
+            [2000000, 500000],
+            [500000, 4096],
+            [3000000, 1],
+        ],
         "offsets": True,
         "frame": 50_000,
     },
@@ -165,8 +172,14 @@ def test_what_was_backed_up_comes_back(host: Host, interface: int) -> None:
 @pytest.mark.parametrize("interface", [0, 13, 15, 20, 22, 24])
 def test_unknown_interfaces_are_refused(build: Path, interface: int) -> None:
     done = subprocess.run(
-        [build / "fake_host", build / "podheitor-proxmox-fd.so", str(interface)]
-        + ["backup", "1", "x"],
+        [
+            build / "fake_host",
+            build / "podheitor-proxmox-fd.so",
+            str(interface),
+            "backup",
+            "1",
+            "x",
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -328,7 +341,7 @@ def test_messages_come_through_whole_and_unformatted(host: Host) -> None:
 
 
 def test_a_backend_that_speaks_while_it_should_listen_is_heard(host: Host) -> None:
-    # More than a pipe holds, while 8 MB wait to be read: a shim that only writes locks up.
+    # More than a pipe holds, while 8 MB wait: a shim that only writes locks up.
     entries = [{"file": NAME, "size": 1 << 23, "runs": [[0, 1 << 23]]}]
     command = host.scenario(entries=entries, faults={"received": "flood:200"})
     said = host.run(23, "backup,restore", command)
@@ -349,7 +362,7 @@ def test_parallel_jobs_do_not_meet(host: Host, interface: int) -> None:
     if interface != 23:
         # one after the other: each "file" of a restore is between the same job's "job"s
         order = [e["job"] for e in host.log("file")]
-        assert len({a for a, b in zip(order, order[1:], strict=False) if a != b}) == 3
+        assert len({a for a, b in itertools.pairwise(order) if a != b}) == 3
 
 
 def test_each_command_has_its_backend(host: Host) -> None:
