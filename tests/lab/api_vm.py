@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 from . import configops, lifecycle
 from .configops import check_digest, check_lock
-from .errors import bad_params, die, forbidden
+from .errors import bad_params, die
 from .http import Call, route
-from .relay import QmpRefused
 from .tasks import Task, Work
-from .vmconfig import UNUSED, Drive, VmConf
+from .vmconfig import VmConf
 
 QEMU = "/nodes/{node}/qemu"
 VM = "/nodes/{node}/qemu/{vmid}"
@@ -23,7 +21,7 @@ ANY_CONFIG = " ".join(
 )
 
 
-def _start(call: Call, kind: str, work: Work) -> str:
+def start_task(call: Call, kind: str, work: Work) -> str:
     return call.site.tasks.start(call.node.name, kind, str(call.vmid), call.user, work)
 
 
@@ -33,7 +31,7 @@ def _root_only(call: Call, *names: str) -> None:
             raise bad_params(**{name: "Only root may use this option."})
 
 
-def _conf(call: Call) -> VmConf:
+def conf_of(call: Call) -> VmConf:
     return call.site.load(call.node, call.vmid)
 
 
@@ -80,12 +78,12 @@ async def destroy(call: Call) -> Any:
             unreferenced=bool(call.params.get("destroy-unreferenced-disks")),
         )
 
-    return _start(call, "qmdestroy", work)
+    return start_task(call, "qmdestroy", work)
 
 
 @route("GET", f"{VM}/config", "current=bool snapshot=str<=40", need="VM.Audit")
 async def config(call: Call) -> Any:
-    conf = _conf(call)
+    conf = conf_of(call)
     values = dict(conf.values)
     if name := call.params.get("snapshot"):
         if name not in conf.snapshots:
@@ -130,7 +128,7 @@ async def set_config(call: Call) -> Any:
     config=True,
 )
 async def set_config_task(call: Call) -> Any:
-    conf = _conf(call)
+    conf = conf_of(call)
     check_digest(conf, call.params.get("digest"))
     if not call.params.get("skiplock"):
         check_lock(conf)
@@ -138,7 +136,7 @@ async def set_config_task(call: Call) -> Any:
     async def work(task: Task) -> None:
         await _update(call, task)
 
-    return _start(call, "qmconfig", work)
+    return start_task(call, "qmconfig", work)
 
 
 async def _update(call: Call, task: Task | None) -> None:
@@ -177,7 +175,7 @@ def _names(text: str) -> list[str]:
 
 @route("GET", f"{VM}/pending", need="VM.Audit")
 async def pending(call: Call) -> Any:
-    conf = _conf(call)
+    conf = conf_of(call)
     rows = []
     for key in sorted(conf.values.keys() | conf.pending.keys()):
         row: dict[str, Any] = {"key": key}
@@ -206,13 +204,13 @@ async def current(call: Call) -> Any:
 )
 async def start(call: Call) -> Any:
     _root_only(call, "skiplock", "stateuri", "migratedfrom")
-    _conf(call)
+    conf_of(call)
     skiplock = bool(call.params.get("skiplock"))
 
     async def work(task: Task) -> None:
         await lifecycle.start_vm(call.site, call.node, call.vmid, skiplock=skiplock)
 
-    return _start(call, "qmstart", work)
+    return start_task(call, "qmstart", work)
 
 
 @route(
@@ -224,13 +222,13 @@ async def start(call: Call) -> Any:
 )
 async def stop(call: Call) -> Any:
     _root_only(call, "skiplock", "keepActive", "migratedfrom")
-    _conf(call)
+    conf_of(call)
     skiplock = bool(call.params.get("skiplock"))
 
     async def work(task: Task) -> None:
         await lifecycle.stop_vm(call.site, call.node, call.vmid, skiplock=skiplock)
 
-    return _start(call, "qmstop", work)
+    return start_task(call, "qmstop", work)
 
 
 @route(
@@ -241,7 +239,7 @@ async def stop(call: Call) -> Any:
 )
 async def shutdown(call: Call) -> Any:
     _root_only(call, "skiplock", "keepActive")
-    _conf(call)
+    conf_of(call)
     if not call.site.machine(call.vmid, call.node).running:
         raise die(f"VM {call.vmid} not running")
 
@@ -254,7 +252,7 @@ async def shutdown(call: Call) -> Any:
             bool(call.params.get("forceStop")),
         )
 
-    return _start(call, "qmshutdown", work)
+    return start_task(call, "qmshutdown", work)
 
 
 @route(
@@ -275,7 +273,7 @@ async def resume(call: Call) -> Any:
 def _pause(call: Call, kind: str, command: str) -> str:
     """Pause or continue in memory; allowed while ``lock: backup``."""
     _root_only(call, "skiplock", "nocheck")
-    conf = _conf(call)
+    conf = conf_of(call)
     if call.params.get("todisk"):
         raise die("the lab cannot suspend to disk")
     machine = call.site.machine(call.vmid, call.node)
@@ -287,7 +285,7 @@ def _pause(call: Call, kind: str, command: str) -> str:
     async def work(task: Task) -> None:
         await machine.qmp(command)
 
-    return _start(call, kind, work)
+    return start_task(call, kind, work)
 
 
 @route(
@@ -307,7 +305,7 @@ async def move_disk(call: Call) -> Any:
     site.auth.check(call.user, f"/storage/{storage}", "Datastore.AllocateSpace")
     if storage not in node.storages:
         raise die(f"storage '{storage}' does not exist")
-    conf = _conf(call)
+    conf = conf_of(call)
     check_digest(conf, params.get("digest"))
     check_lock(conf)
     lifecycle.known_drive(conf, params["disk"])
@@ -324,7 +322,7 @@ async def move_disk(call: Call) -> Any:
             task=task,
         )
 
-    return _start(call, "qmmove", work)
+    return start_task(call, "qmmove", work)
 
 
 @route(
@@ -335,7 +333,7 @@ async def move_disk(call: Call) -> Any:
 )
 async def resize(call: Call) -> Any:
     _root_only(call, "skiplock")
-    conf = _conf(call)
+    conf = conf_of(call)
     check_digest(conf, call.params.get("digest"))
     check_lock(conf)
     lifecycle.known_drive(conf, call.params["disk"])
@@ -344,7 +342,7 @@ async def resize(call: Call) -> Any:
     async def work(task: Task) -> None:
         await lifecycle.resize(call.site, call.node, call.vmid, disk, size)
 
-    return _start(call, "resize", work)
+    return start_task(call, "resize", work)
 
 
 @route("PUT", f"{VM}/unlink", "force=bool idlist=str!", need="VM.Config.Disk")
@@ -362,241 +360,9 @@ async def unlink(call: Call) -> Any:
 
 @route("POST", f"{VM}/template", "disk=str", need="VM.Allocate")
 async def template(call: Call) -> Any:
-    _conf(call)
+    conf_of(call)
 
     async def work(task: Task) -> None:
         await lifecycle.make_template(call.site, call.node, call.vmid)
 
-    return _start(call, "qmtemplate", work)
-
-
-# -- snapshots
-
-
-@route("GET", f"{VM}/snapshot", need="VM.Audit")
-async def snapshots(call: Call) -> Any:
-    conf = _conf(call)
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "snaptime": int(body.get("snaptime", "0")),
-            "description": body.get("description", ""),
-            "vmstate": 0,
-            **({"parent": body["parent"]} if "parent" in body else {}),
-        }
-        for name, body in conf.snapshots.items()
-    ]
-    running = int(call.site.machine(call.vmid, call.node).running)
-    now = {"name": "current", "description": "You are here!", "running": running}
-    if "parent" in conf.values:
-        now["parent"] = conf.values["parent"]
-    return [*rows, {**now, "digest": conf.digest}]
-
-
-@route(
-    "POST",
-    f"{VM}/snapshot",
-    "description=str snapname=str<=40! vmstate=bool",
-    need="VM.Snapshot",
-)
-async def snapshot(call: Call) -> Any:
-    name = call.params["snapname"]
-    if name == "current":
-        raise die("unable to use snapshot name 'current' (reserved name)")
-    if name.lower() == "pending":
-        raise die("unable to use snapshot name 'pending' (reserved name)")
-    _conf(call)
-    text = call.params.get("description", "")
-
-    async def work(task: Task) -> None:
-        await lifecycle.snapshot(call.site, call.node, call.vmid, name, text)
-
-    return _start(call, "qmsnapshot", work)
-
-
-@route("DELETE", f"{VM}/snapshot/{{snapname}}", "force=bool", need="VM.Snapshot")
-async def delete_snapshot(call: Call) -> Any:
-    _conf(call)
-    name, force = call.path["snapname"], bool(call.params.get("force"))
-
-    async def work(task: Task) -> None:
-        await lifecycle.delete_snapshot(call.site, call.node, call.vmid, name, force)
-
-    return _start(call, "qmdelsnapshot", work)
-
-
-@route(
-    "POST",
-    f"{VM}/snapshot/{{snapname}}/rollback",
-    "start=bool",
-    need="VM.Snapshot VM.Snapshot.Rollback",
-    any=True,
-)
-async def rollback(call: Call) -> Any:
-    _conf(call)
-    name, again = call.path["snapname"], bool(call.params.get("start"))
-
-    async def work(task: Task) -> None:
-        await lifecycle.rollback(call.site, call.node, call.vmid, name, again)
-
-    return _start(call, "qmrollback", work)
-
-
-# -- guest agent and monitor
-
-
-async def _agent(call: Call, command: str, timeout_s: float, **arguments: Any) -> Any:
-    await lifecycle.require_agent(call.site, call.node, call.vmid)
-    machine = call.site.machine(call.vmid, call.node)
-    try:
-        return await machine.agent(command, timeout_s=timeout_s, **arguments)
-    except TimeoutError:
-        raise die(
-            f"VM {call.vmid} qga command '{command}' failed - got timeout"
-        ) from None
-    except QmpRefused as error:
-        raise die(f"Agent error: {error}") from error
-
-
-@route(
-    "POST",
-    f"{AGENT}/ping",
-    need="VM.GuestAgent.Audit VM.GuestAgent.Unrestricted",
-    need_8="VM.Monitor",
-    any=True,
-)
-async def ping(call: Call) -> Any:
-    return {"result": await _agent(call, "guest-ping", 3)}
-
-
-FREEZE = "VM.GuestAgent.FileSystemMgmt VM.GuestAgent.Unrestricted"
-
-
-@route("POST", f"{AGENT}/fsfreeze-freeze", need=FREEZE, need_8="VM.Monitor", any=True)
-async def freeze(call: Call) -> Any:
-    limit = 600.0 if call.site.release.startswith("9") else 3600.0
-    return {"result": await _agent(call, "guest-fsfreeze-freeze", limit)}
-
-
-@route("POST", f"{AGENT}/fsfreeze-thaw", need=FREEZE, need_8="VM.Monitor", any=True)
-async def thaw(call: Call) -> Any:
-    return {"result": await _agent(call, "guest-fsfreeze-thaw", 180)}
-
-
-@route(
-    "POST",
-    f"{AGENT}/fsfreeze-status",
-    need=f"VM.GuestAgent.Audit {FREEZE}",
-    need_8="VM.Monitor",
-    any=True,
-)
-async def freeze_status(call: Call) -> Any:
-    return {"result": await _agent(call, "guest-fsfreeze-status", 10)}
-
-
-@route(
-    "POST",
-    f"{AGENT}/exec",
-    "command=array! input-data=str<=65536",
-    need="VM.GuestAgent.Unrestricted",
-    need_8="VM.Monitor",
-)
-async def execute(call: Call) -> Any:
-    path, *arguments = call.params["command"]
-    more: dict[str, Any] = {}
-    if data := call.params.get("input-data"):
-        more["input_data"] = base64.b64encode(data.encode()).decode()
-    return await _agent(
-        call, "guest-exec", 10, path=path, arg=arguments, capture_output=True, **more
-    )
-
-
-@route(
-    "GET",
-    f"{AGENT}/exec-status",
-    "pid=int!",
-    need="VM.GuestAgent.Unrestricted",
-    need_8="VM.Monitor",
-)
-async def execute_status(call: Call) -> Any:
-    result = await _agent(call, "guest-exec-status", 10, pid=call.params["pid"])
-    for key in ("out-data", "err-data"):
-        if key in result:
-            result[key] = base64.b64decode(result[key]).decode("utf-8", "replace")
-    result["exited"] = int(result["exited"])
-    return result
-
-
-@route(
-    "POST",
-    f"{VM}/monitor",
-    "command=str!",
-    need="Sys.Audit Sys.Modify",
-    need_8="VM.Monitor",
-    any=True,
-)
-async def monitor(call: Call) -> Any:
-    line = call.params["command"]
-    if call.user != "root@pam" and not line.startswith(("info", "help")):
-        if not call.site.auth.has(call.user, "/", "Sys.Modify"):
-            raise forbidden("/", "Sys.Modify")
-    try:
-        return await call.site.machine(call.vmid, call.node).hmp(line)
-    except TimeoutError:
-        raise die(
-            f"VM {call.vmid} qmp command 'human-monitor-command' failed - got timeout"
-        ) from None
-
-
-@route(
-    "POST",
-    f"{VM}/clone",
-    "bwlimit=int(0,) description=str format=raw|qcow2|vmdk full=bool name=str "
-    "newid=vmid! pool=str snapname=str<=40 storage=str target=str",
-    need="VM.Clone",
-)
-async def clone(call: Call) -> Any:
-    site, node, new = call.site, call.node, call.params["newid"]
-    site.auth.check(call.user, f"/vms/{new}", "VM.Allocate")
-    conf = _conf(call)
-    check_lock(conf)
-    if site.find(new):
-        raise die(f"unable to create VM {new}: config file already exists")
-    wanted = call.params.get("storage")
-    drives = [d for d in conf.drives() if d.volume and not d.cdrom]
-    for drive in drives:
-        storage = wanted or drive.file.partition(":")[0]
-        site.auth.check(call.user, f"/storage/{storage}", "Datastore.AllocateSpace")
-
-    async def work(task: Task) -> None:
-        values = {
-            k: v
-            for k, v in conf.values.items()
-            if not UNUSED.fullmatch(k) and k not in ("template", "parent", "smbios1")
-        }
-        values.pop("vmgenid", None)
-        if "name" in call.params:
-            values["name"] = call.params["name"]
-        site.save(node, new, VmConf({"lock": "clone"}))
-        made: list[str] = []
-        try:
-            for drive in drives:
-                storage = wanted or drive.file.partition(":")[0]
-                options = {k: v for k, v in drive.options.items() if k != "size"}
-                size = "1" if drive.key in ("efidisk0", "tpmstate0") else "0"
-                copy = Drive(drive.key, f"{storage}:{size}", options)
-                copy.options["import-from"] = drive.file
-                copy.options["format"] = call.params.get(
-                    "format", node.storage_of(drive.file).format(drive.file)
-                )
-                made += await configops.allocate(site, node, new, copy, task)
-                values[drive.key] = str(copy)
-            configops.finish_new(site, values)
-            site.save(node, new, VmConf(values))
-        except BaseException:
-            for volid in made:
-                node.storage_of(volid).free(volid)
-            node.conf_path(new).unlink(missing_ok=True)
-            raise
-
-    return _start(call, "qmclone", work)
+    return start_task(call, "qmtemplate", work)

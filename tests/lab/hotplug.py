@@ -96,12 +96,27 @@ async def unplug(machine: Machine, conf: VmConf, drive: Drive) -> None:
         else:
             raise die(f"hotplug problem - error on hot-unplugging device '{drive.key}'")
         if machine.modern:
-            await machine.qmp("blockdev-del", node_name=f"drive-{drive.key}")
+            await _delete_node(machine, f"drive-{drive.key}")
             await machine.qmp("object-del", id=f"throttle-drive-{drive.key}")
         else:
             await machine.hmp(f"drive_del drive-{drive.key}")
     except QmpRefused as error:
         raise die(f"hotplug problem - {error}") from error
+
+
+async def _delete_node(machine: Machine, name: str) -> None:
+    """Delete a node; its device may let go of it a moment after it is gone."""
+    for _ in range(50):
+        try:
+            await machine.qmp("blockdev-del", node_name=name)
+        except QmpRefused as error:
+            if "in use" not in str(error):
+                raise
+            refused = error
+            await asyncio.sleep(0.1)
+        else:
+            return
+    raise refused
 
 
 async def mirror(machine: Machine, drive: Drive, target: Drive, volume: Volume) -> None:

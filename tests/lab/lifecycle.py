@@ -325,7 +325,7 @@ async def resize(site: Site, node: LabNode, vmid: int, key: str, text: str) -> N
             if storage.type == "lvm":
                 await asyncio.to_thread(storage.resize, drive.file, wanted)
             if machine.modern:
-                name = {"node_name": await hotplug.format_node(machine, drive)}
+                name = {"node_name": f"drive-{key}"}
             else:
                 name = {"device": f"drive-{key}"}
             await machine.qmp("block_resize", **name, size=wanted)

@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import api_cluster, api_storage, api_vm  # noqa: F401  (they register calls)
+from . import api_cluster, api_guest, api_storage, api_vm  # noqa: F401  (they register calls)
 from .auth import Auth, product_acl
 from .control import Control
 from .deviations import supports_direct_io
