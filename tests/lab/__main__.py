@@ -18,8 +18,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / ".build"
-STATE = BUILD / "lab/state.json"
-LOG = BUILD / "lab/lab.log"
+STATE = "state.json"
 GUEST = BUILD / "guest/boot.raw"
 START_S = 120
 
@@ -33,23 +32,27 @@ def main() -> int:
         metavar="up|status|shell|down",
     )
     parser.add_argument("--release", default="9.2", choices=("9.2", "8.4"))
+    parser.add_argument(
+        "--state", type=Path, default=BUILD / "lab", help="where the lab notes its own"
+    )
     arguments = parser.parse_args()
+    place: Path = arguments.state
     match arguments.command:
         case "serve":
-            return serve(arguments.release)
+            return serve(place, arguments.release)
         case "up":
-            return up(arguments.release)
+            return up(place, arguments.release)
         case "status":
-            return status()
+            return status(place)
         case "shell":
-            return shell()
-    return down()
+            return shell(place)
+    return down(place)
 
 
-def read_state() -> dict[str, Any] | None:
+def read_state(place: Path) -> dict[str, Any] | None:
     """State of the running lab; None where none runs."""
     try:
-        state: dict[str, Any] = json.loads(STATE.read_text())
+        state: dict[str, Any] = json.loads((place / STATE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return state if is_ours(state["pid"]) else None
@@ -68,17 +71,27 @@ def cmdline(pid: int) -> bytes:
         return b""
 
 
-def up(release: str) -> int:
+def up(place: Path, release: str) -> int:
     """Start the lab in the background and say where everything is."""
-    if state := read_state():
+    if state := read_state(place):
         print("The lab is running already.\n")
         show(state)
         return 0
-    STATE.parent.mkdir(parents=True, exist_ok=True)
-    STATE.unlink(missing_ok=True)
-    with LOG.open("wb") as log:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / STATE).unlink(missing_ok=True)
+    log_file = place / "lab.log"
+    with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.lab", "serve", "--release", release],
+            [
+                sys.executable,
+                "-m",
+                "tests.lab",
+                "serve",
+                "--release",
+                release,
+                "--state",
+                str(place.resolve()),
+            ],
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -88,21 +101,21 @@ def up(release: str) -> int:
     end = time.monotonic() + START_S
     while time.monotonic() < end:
         if process.poll() is not None:
-            print(f"The lab did not start; {LOG} says:", file=sys.stderr)
-            print(LOG.read_text()[-2000:], file=sys.stderr)
+            print(f"The lab did not start; {log_file} says:", file=sys.stderr)
+            print(log_file.read_text()[-2000:], file=sys.stderr)
             return 1
-        if state := read_state():
+        if state := read_state(place):
             show(state)
             return 0
         time.sleep(0.1)
     process.terminate()
-    print(f"The lab was not up within {START_S} s; see {LOG}", file=sys.stderr)
+    print(f"The lab was not up within {START_S} s; see {log_file}", file=sys.stderr)
     return 1
 
 
-def status() -> int:
+def status(place: Path) -> int:
     """Say where everything is, or that nothing runs."""
-    state = read_state()
+    state = read_state(place)
     if state is None:
         print("No lab is running. Start one with: ./dev lab up")
         return 3
@@ -117,13 +130,13 @@ def show(state: dict[str, Any]) -> None:
         print(line)
 
 
-def shell() -> int:
+def shell(place: Path) -> int:
     """Open a shell in which qm, pvesm and bconsole speak to the lab."""
-    state = read_state()
+    state = read_state(place)
     if state is None:
         print("No lab is running. Start one with: ./dev lab up", file=sys.stderr)
         return 3
-    profile = STATE.parent / "shellrc"
+    profile = place / "shellrc"
     root = state["root"]
     text = [
         "[ -f ~/.bashrc ] && . ~/.bashrc",
@@ -145,9 +158,9 @@ def shell() -> int:
     ).returncode
 
 
-def down() -> int:
+def down(place: Path) -> int:
     """Stop the lab by its process id and remove what it made; fine without one."""
-    state = read_state()
+    state = read_state(place)
     if state is None:
         print("No lab is running.")
     else:
@@ -162,11 +175,11 @@ def down() -> int:
                 if state["root"].encode() in cmdline(pid):
                     os.kill(pid, signal.SIGKILL)
         print("The lab is down.")
-    STATE.unlink(missing_ok=True)
+    (place / STATE).unlink(missing_ok=True)
     return 0
 
 
-def serve(release: str) -> int:
+def serve(place: Path, release: str) -> int:
     """The background process: a site, a demo VM, Bacula; until SIGTERM."""
     from .blocking import SiteThread
     from .site import short_base
@@ -198,8 +211,8 @@ def serve(release: str) -> int:
         lines += demo_vm(lab)
         console, daemons, more = bacula(stack, base, env)
         lines += more
-        STATE.parent.mkdir(parents=True, exist_ok=True)
-        fresh = STATE.with_suffix(".tmp")
+        place.mkdir(parents=True, exist_ok=True)
+        fresh = (place / STATE).with_suffix(".tmp")
         fresh.write_text(
             json.dumps(
                 {
@@ -213,7 +226,7 @@ def serve(release: str) -> int:
             )
         )
         fresh.chmod(0o600)
-        fresh.rename(STATE)
+        fresh.rename(place / STATE)
         stop.wait()
     return 0
 

@@ -41,8 +41,19 @@ async def storages(call: Call) -> Any:
         if call.params.get("enabled") and not storage.enabled:
             continue
         status = await asyncio.to_thread(storage.status)
-        rows.append({"storage": storage.name, **status})
+        row = {"storage": storage.name, **status}
+        if call.params.get("format"):
+            row |= _formats(storage, call.site.release)
+        rows.append(row)
     return rows
+
+
+def _formats(storage: Storage, release: str) -> dict[str, Any]:
+    """What ``format=1`` adds: 8.4 and 9 spell it differently."""
+    supported = ["raw"] if storage.type == "lvm" else ["qcow2", "raw"]
+    if release.startswith("9"):
+        return {"formats": {"supported": supported, "default": "raw"}}
+    return {"format": [dict.fromkeys(supported, 1), "raw"]}
 
 
 @route(

@@ -254,7 +254,7 @@ async def make_vm(
     fmt: str | None,
 ) -> LabVm:
     """Create a VM as root, disks copied from images where a path is given."""
-    memory = "256" if config.get("bios") == "ovmf" else "128"
+    memory = "512" if config.get("bios") == "ovmf" else "128"
     values = {"memory": memory, "scsihw": "virtio-scsi-single", "name": f"vm{vmid}"}
     values |= config
     params: dict[str, Any] = {
