@@ -17,7 +17,11 @@ import aiohttp
 import pytest
 
 from pveplug.node import load_node
+from pveplug.proto.pve_login import Endpoint, TokenAuth
+from pveplug.pve import PveApi
+from pveplug.pve_local import PveLocal
 from tests.lab.site import Site, short_base
+from tests.support.requires import QEMU_7, requires_file
 
 pytestmark = pytest.mark.integration
 
@@ -405,10 +409,7 @@ async def test_guest_shutdown_ends_qemu_unless_a_backup_is_registered(
     _, backup = await asyncio.open_unix_connection(str(site.node.qmeventd.path))
     backup.write(b'{"vzdump":{"vmid":"100"}}\n')
     await asyncio.sleep(0.1)
-    await vm.qmp("human-monitor-command", command_line="system_powerdown")
-    # No guest listens to ACPI here: a reset request with the shutdown action will do.
-    await vm.qmp("set-action", reboot="shutdown")
-    await vm.qmp("system_reset")
+    await vm.power_off_guest()
     await asyncio.sleep(0.5)
     assert (await vm.qmp("query-status"))["status"] == "shutdown"
     with pytest.raises(AssertionError, match="registered"):
@@ -538,3 +539,45 @@ async def test_certificate_of_another_site_is_not_accepted(site: Site) -> None:
     with pytest.raises(ssl.SSLError):
         await asyncio.open_connection("127.0.0.1", site.api_port, ssl=wrong)
     assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", site.fingerprint)
+
+
+@requires_file(QEMU_7 / "bin/qemu-system-x86_64")
+async def test_an_older_qemu_runs_the_older_release() -> None:
+    qemu, img = QEMU_7 / "bin/qemu-system-x86_64", QEMU_7 / "bin/qemu-img"
+    async with Site(
+        short_base(), release="8.4", qemu=str(qemu), qemu_img=str(img)
+    ) as site:
+        assert site.qemu_version == (7, 2)
+        vm = await site.create_vm(100, {"agent": "1"}, disks={"scsi0": "8M"})
+        await vm.start()
+        await vm.qemu_io("scsi0", "write -P 1 0 64k")
+        assert not vm.modern
+        await vm.power_off_guest()
+        await vm.wait_gone()
+
+
+async def test_product_speaks_with_the_lab(site: Site) -> None:
+    vm = await site.create_vm(100, disks={"scsi0": "8M", "scsi1": "thick:0.01"})
+    endpoint = Endpoint("127.0.0.1", site.api_port, fingerprints=(site.fingerprint,))
+    token = TokenAuth(site.token_id, site.token_secret)
+    async with PveApi(endpoint, token) as api:
+        assert (await api.version()).major == 9
+        await api.create_vm("pve1", 200, {"net0": "virtio,bridge=vmbr0"})
+        volid = await api.allocate_volume(
+            "pve1", "thick", 200, "vm-200-disk-0", 1 << 20
+        )
+        await api.update_config("pve1", 200, {"scsi0": volid})
+        await api.start_vm("pve1", 200)
+        assert (await api.vm_status("pve1", 200)).qmpstatus == "running"
+        await api.stop_vm("pve1", 200)
+        await api.destroy_vm("pve1", 200)
+    local = PveLocal(load_node(site.node_toml()))
+    await local.set_lock(100)
+    assert vm.conf.values["lock"] == "backup"
+    assert await local.unlock(100)
+    volid = vm.conf.drives()[1].file
+    assert await local.activate(volid)
+    assert Path(await local.volume_path(volid)).exists()
+    await local.deactivate(volid)
+    assert await local.volume_exists(volid)
+    await site.assert_clean()

@@ -84,8 +84,8 @@ class LabVm:
     async def power_off_guest(self) -> None:
         """Let the guest power itself off (SHUTDOWN event with ``guest: true``).
 
-        Through the agent where a guest answers; else by ACPI's PM1 control register,
-        as a kernel would write it.
+        Through the agent where a guest answers; else a reset that QEMU takes as a
+        shutdown, for VMs without an operating system.
         """
         if self.machine.agent_mode == "guest" and await lifecycle.agent_answers(
             self.site, self.node, self.vmid
@@ -95,7 +95,8 @@ class LabVm:
             except (TimeoutError, ConnectionError):
                 pass  # it went off before it answered
             return
-        await self.qmp("system_powerdown")
+        await self.qmp("set-action", reboot="shutdown")
+        await self.qmp("system_reset")
 
     async def wait_gone(self, timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
