@@ -140,7 +140,9 @@ static void end_sessions(struct job *job)
         if (s->kind == KIND_NONE || s->clean)
             continue;
         session_stop(s);
-        unclean = unclean || s->kind != KIND_ESTIMATE;
+        /* An estimate changes nothing; nor did a backend that could not be started. */
+        bool ran = s->child.pid > 0 || s->child.ended;
+        unclean = unclean || (ran && s->kind != KIND_ESTIMATE);
     }
     for (struct session *s = job->sessions; s != NULL; s = s->next)
         if (s->kind != KIND_NONE && !s->clean)

@@ -69,6 +69,8 @@ int number_value(struct job *job, int variable)
 char job_status(struct job *job)
 {
     int status = number_value(job, VAR_JOB_STATUS);
+    if (status == 'W') /* terminated, with warnings: a success like any other */
+        return 'T';
     return status != 0 ? (char)status : 'f';
 }
 

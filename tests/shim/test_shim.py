@@ -430,6 +430,7 @@ def test_missing_backend_says_where_it_should_be(host: Host) -> None:
     said = host.run(23, "backup", host.scenario(), backend=Path("/nonexistent/backend"))
     assert "cannot start the backend /nonexistent/backend: No such file" in said
     assert "end status=f" in said
+    assert "WARNING" not in said  # nothing ran, so nothing is cleaned up after
 
 
 def test_nothing_to_back_up_is_a_warning(host: Host) -> None:
