@@ -249,7 +249,7 @@ def test_estimate_lists_files(site: Site) -> None:
     assert "/scsi0.qcow2" in said
     assert "files=3 bytes=5,003,000" in said
     assert site.log("estimate", "job")[0]["values"]["Type"] == "E"
-    assert len(site.log("estimate", "goodbye")) == 1
+    assert len(site.wait_log("estimate", "goodbye")) == 1
 
 
 def test_console_options_reach_the_backend(site: Site) -> None:
