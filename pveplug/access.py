@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from pveplug.config import Connection, TokenLogin
 from pveplug.events import Reporter
 from pveplug.log import register_secret
 from pveplug.pve import Endpoint, PveApi, TicketAuth, TokenAuth
 from pveplug.selection import Selection, VmSummary, select
+
+OLDEST: Final = 8
+NEWEST: Final = 9
+"""Major versions of Proxmox VE that this plug-in was tested with."""
 
 
 async def open_api(connection: Connection) -> PveApi:
@@ -35,6 +40,22 @@ async def open_api(connection: Connection) -> PveApi:
         connection.timeout_s,
     )
     return PveApi(endpoint, auth)
+
+
+async def check_version(api: PveApi, say: Reporter) -> None:
+    """Warn of a Proxmox VE that is older or newer than we know; the job goes on.
+
+    Raises:
+        PveplugError: the API can't be reached, or refuses us.
+    """
+    version = await api.version()
+    if OLDEST <= version.major <= NEWEST:
+        return
+    age = "older" if version.major < OLDEST else "newer"
+    say.warning(
+        f"Proxmox VE {version.text} is {age} than this plug-in knows ({OLDEST}.x and "
+        f"{NEWEST}.x); the job goes on: try a restore of it"
+    )
 
 
 async def choose_vms(

@@ -112,6 +112,7 @@ async def _session(fd_in: int, fd_out: int) -> int:
     from pveplug.bacula import open_session
     from pveplug.errors import PveplugError, TransportError
     from pveplug.node import load_node
+    from pveplug.proto.pve import TlsTrustError
 
     log = logging.getLogger(__name__)
     node = load_node()
@@ -143,7 +144,9 @@ async def _session(fd_in: int, fd_out: int) -> int:
                 log.exception("job failed")
                 if session.closed.is_set():
                     return EX_IOERR
-                await session.abort(str(error))
+                # The word that monitoring looks for: somebody may sit between.
+                alarm = "ERROR: " if isinstance(error, TlsTrustError) else ""
+                await session.abort(f"{alarm}{error}")
                 return EX_FAILED
             except PveplugError as error:
                 log.exception("job failed")

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from pveplug import __version__
-from pveplug.access import choose_vms
+from pveplug.access import check_version, choose_vms
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
@@ -110,6 +110,7 @@ class Backup:
                 "Bacula 9.6 stores data with offsets unencrypted even when the FileSet "
                 "encrypts; set offsets=no if it does"
             )
+        await check_version(self._api, self._session)
         chosen = await choose_vms(
             self._api, self._config.selection, self._here, self._session
         )

@@ -18,7 +18,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Final
 
-from pveplug.access import open_api
+from pveplug.access import check_version, open_api
 from pveplug.bacula import BaculaSession
 from pveplug.bacula_files import IncomingFile
 from pveplug.config import RestoreConfig, parse_restore
@@ -102,6 +102,7 @@ class Restore:
         api = await open_api(config.connection)
         async with api, contextlib.AsyncExitStack() as stack:
             local = PveLocal(self._node)
+            await check_version(api, session)
             await session.objects_done()
             async for file in session.files():
                 await self._take(file, config, api, local, stack)

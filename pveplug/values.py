@@ -105,7 +105,8 @@ def choice(*names: str, later: Mapping[str, str] | None = None) -> Type:
             return text
         if later and text in later:
             raise ValueError(later[text])
-        raise ValueError(f"must be one of {', '.join(names)}")
+        several = "one of " if len(names) > 1 else ""
+        raise ValueError(f"must be {several}{', '.join(names)}")
 
     return Type("choice", "one of " + ", ".join(names), parse)
 
