@@ -182,7 +182,9 @@ class Backup:
                 ]
                 if opened.watched:
                     side.append(
-                        tasks.create_task(watch(opened.watched), name="scratch")
+                        tasks.create_task(
+                            watch(opened.vm.vmid, opened.watched), name="scratch"
+                        )
                     )
                 await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)

@@ -157,6 +157,11 @@ def open_journal(state_dir: str, vmid: int, job: str, kind: str) -> Journal:
     return journal
 
 
+def write_entry(state_dir: str, entry: Entry) -> None:
+    """Replace a VM's journal by what is left to undo."""
+    Journal(_directory(state_dir) / f"{entry.vmid}.json", entry).note()
+
+
 def forget(state_dir: str, vmid: int) -> None:
     """Remove a VM's journal: nothing is left to undo."""
     (_directory(state_dir) / f"{vmid}.json").unlink(missing_ok=True)

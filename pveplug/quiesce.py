@@ -14,11 +14,12 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-from pveplug.errors import CommandError, JobError, PveplugError
+from pveplug.errors import JobError, PveplugError
 from pveplug.events import Reporter
 from pveplug.journal import Journal
 from pveplug.watchdog import ThawWatchdog
@@ -173,9 +174,10 @@ async def run_hook(
     """Run a hook program; returns what it printed, one line.
 
     Raises:
-        CommandError: it failed; JobError: it ran too long and was killed.
+        JobError: it failed, or ran too long and was killed with its children.
     """
     argv = shlex.split(command)
+    remedy = f"see what {argv[0]} needs, or leave {what} out."
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -183,23 +185,38 @@ async def run_hook(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env={**os.environ, **environment},
+            start_new_session=True,
         )
     except OSError as error:
-        raise CommandError(argv, 127, str(error)) from error
+        raise JobError(
+            f"cannot run {argv[0]}: {error.strerror or error}.",
+            vm=environment.get("PVEPLUG_VMID"),
+            phase=what,
+            remedy=remedy,
+        ) from error
     try:
         async with asyncio.timeout(timeout_s):
             printed, _ = await process.communicate()
     except TimeoutError as error:
         raise JobError(
-            f"{what} ran longer than {timeout_s:.0f} s and was killed.",
+            f"{argv[0]} ran longer than {timeout_s:.0f} s and was killed.",
+            vm=environment.get("PVEPLUG_VMID"),
             phase=what,
             remedy="mend the program or raise hook_timeout.",
         ) from error
     finally:
         if process.returncode is None:
-            process.kill()
+            # Its children hold the pipe too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     text = printed.decode(errors="replace")
     if process.returncode:
-        raise CommandError(argv, process.returncode, text)
+        said = " ".join(text.split())[-400:] or "it said nothing"
+        raise JobError(
+            f"{argv[0]} ended with status {process.returncode}: {said}.",
+            vm=environment.get("PVEPLUG_VMID"),
+            phase=what,
+            remedy=remedy,
+        )
     return " ".join(text.split())[:400]

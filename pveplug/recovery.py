@@ -17,7 +17,14 @@ from typing import Final
 from pveplug.cleanup import clean_up
 from pveplug.errors import JobError, PveplugError, TransportError
 from pveplug.events import Reporter
-from pveplug.journal import Entry, entries_of, forget, own_vm, read_entry
+from pveplug.journal import (
+    Entry,
+    entries_of,
+    forget,
+    own_vm,
+    read_entry,
+    write_entry,
+)
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
 from pveplug.qga import GuestAgent
@@ -32,11 +39,15 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
 
     Returns: what was done, for the job log.
 
+    An agent that doesn't answer hinders nobody: PVE itself may hold its channel for an
+    hour. What could not be asked stays in the journal, and is asked again next time.
+
     Raises:
         JobError: something is left; the journal stays for the next attempt.
     """
     did: list[str] = []
     failed: list[str] = []
+    silent = False
 
     async def step(what: str, action: Callable[[], object]) -> None:
         try:
@@ -51,7 +62,15 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
 
     running = local.vm_running(entry.vmid) is not None
     if running and entry.frozen:
-        await step("thawed the guest", lambda: _thaw(node, entry.vmid))
+        try:
+            if await _thaw(node, entry.vmid):
+                did.append("thawed the guest")
+        except (PveplugError, OSError) as error:
+            silent = True
+            did.append(
+                f"its guest agent can't be asked whether the guest is frozen: {error} "
+                "Remedy: restart the agent in the guest, or reset the VM"
+            )
     if running and entry.touched:
         await step("freed QEMU of the backup's nodes", lambda: _free_qemu(node, entry))
     if not any(text.startswith("freed QEMU") for text in failed):
@@ -80,7 +99,11 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
             remedy="mend that and run `podheitor-proxmox-backend --cleanup "
             f"{entry.job}` or the next backup of the VM.",
         )
-    forget(node.state_dir, entry.vmid)
+    if silent:
+        left = Entry(entry.vmid, entry.job, entry.kind, frozen=True)
+        write_entry(node.state_dir, left)
+    else:
+        forget(node.state_dir, entry.vmid)
     log.info("recovered vm=%s job=%s did=%s", entry.vmid, entry.job, "; ".join(did))
     return did
 
@@ -141,6 +164,7 @@ async def clean_up_job(node: Node, job: str, say: Reporter) -> bool:
                     continue  # the next job has done it
                 for line in await recover(node, local, entry):
                     say.info(f"VM {found.vmid}: {line}")
+                well = well and read_entry(node.state_dir, found.vmid) is None
         except PveplugError as error:
             say.error(str(error))
             well = False

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Final, Protocol
 
-from pveplug.errors import CommandError, IntegrityError, JobError, PveplugError
+from pveplug.errors import CommandError, JobError, PveplugError
 from pveplug.journal import Journal
 from pveplug.snapshot import ScratchFile
 from pveplug.units import GiB, MiB, human
@@ -175,21 +175,23 @@ class StorageScratch:
             ) from cause
 
 
-async def watch(directories: set[str], reserve: int = RESERVE) -> None:
+async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> None:
     """Return never; raise when a scratch store is about to run full.
 
     Raises:
-        IntegrityError: free space fell below the reserve; end the backup now.
+        JobError: free space fell below the reserve; end the backup now.
     """
     while True:
         for directory in sorted(directories):
             found = os.statvfs(directory)
             free = found.f_bavail * found.f_frsize
             if free < reserve:
-                raise IntegrityError(
+                raise JobError(
                     f"only {human(free)} left in {directory}; the backup is ended "
-                    "before a full scratch store hurts the guest (set scratch_dir or "
-                    "fleecing_storage to a larger place)"
+                    "before a full scratch store hurts the guest.",
+                    vm=str(vmid),
+                    phase="scratch",
+                    remedy="set scratch_dir or fleecing_storage to a larger place.",
                 )
         await asyncio.sleep(WATCH_S)
 

@@ -13,12 +13,18 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pveplug.cbt import Level
 from pveplug.config import Capture
-from pveplug.errors import IntegrityError, JobError, PveplugError
+from pveplug.errors import (
+    IntegrityError,
+    JobError,
+    PveplugError,
+    QmpError,
+    TransportError,
+)
 from pveplug.events import Reporter
 from pveplug.journal import Journal
 from pveplug.nbd.client import UnixAddress, connect
@@ -166,6 +172,36 @@ async def open_vm(
         yield opened
 
 
+@contextlib.contextmanager
+def _phase(vmid: int, phase: str) -> Iterator[None]:
+    """Give an error of QEMU or of the scratch store its VM and its phase."""
+    try:
+        yield
+    except JobError as error:
+        if error.vm is not None:
+            raise
+        raise JobError(str(error), vm=str(vmid)) from error
+    except TransportError as error:
+        raise JobError(
+            f"{error}.",
+            vm=str(vmid),
+            phase=phase,
+            remedy="see whether the VM was stopped or QEMU died; then run the job "
+            "again.",
+        ) from error
+    except QmpError as error:
+        if error.command != "nbd-server-start":
+            raise JobError(f"{error}.", vm=str(vmid), phase=phase) from error
+        raise JobError(
+            f"QEMU's only NBD server is in use by another operation ({error.desc}).",
+            vm=str(vmid),
+            phase=phase,
+            remedy="run the job again when that has ended, a migration as a rule.",
+        ) from error
+    except PveplugError as error:
+        raise JobError(str(error), vm=str(vmid), phase=phase) from error
+
+
 class _Opener:
     """The two ways of opening a VM, with what they share."""
 
@@ -217,9 +253,10 @@ class _Opener:
         )
         self._journal.note(touched=True, nbd_socket=nbd_socket)
         stack.push_async_callback(self._close, point)
-        await point.prepare(
-            job, level, {k: d.file for k, d in drives.items() if d not in tpm}
-        )
+        with _phase(vmid, "prepare"):
+            await point.prepare(
+                job, level, {k: d.file for k, d in drives.items() if d not in tpm}
+            )
         for note in point.notes:
             self._say.info(f"VM {vmid}: {note}")
         if point.missing:
@@ -236,7 +273,9 @@ class _Opener:
         opened.consistency = verdict.text
         opened.started = int(time.time())
         noted = len(point.notes)
-        for disk in await point.publish():
+        with _phase(vmid, "export"):
+            published = await point.publish()
+        for disk in published:
             opened.disks.append(self._snapshot_disk(disk, drives[disk.key]))
             if disk.plan and disk.plan.whole and level.letter != "F":
                 self._say.warning(
@@ -304,7 +343,8 @@ class _Opener:
                 self._journal,
                 self._say,
             ) as verdict:
-                await point.switch()
+                with _phase(vmid, "snapshot"):
+                    await point.switch()
             return verdict
         finally:
             if capture.post_thaw_cmd:
@@ -316,7 +356,7 @@ class _Opener:
                 command, "post_thaw_cmd", environment, self._capture.hook_timeout
             )
         except PveplugError as error:
-            self._say.warning(f"VM {self._vmid}: {error}")
+            self._say.warning(str(error))
         else:
             self._say.info(
                 f"VM {self._vmid}: post_thaw_cmd ended well. {said}".rstrip()

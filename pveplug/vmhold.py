@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from pveplug.errors import JobError, PveplugError
 from pveplug.events import Reporter
-from pveplug.journal import Journal, open_journal, own_vm
+from pveplug.journal import Journal, open_journal, own_vm, read_entry
 from pveplug.node import Node
-from pveplug.proto.pve_refusal import Reason
+from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.recovery import recover_vm
 
@@ -52,8 +52,11 @@ async def held(
     """
     async with own_vm(node.state_dir, vmid, lock_wait_s):
         for line in await recover_vm(node, local, vmid):
-            say.warning(f"VM {vmid}: after an earlier job that was killed: {line}")
+            say.warning(f"VM {vmid}: after an earlier job that was cut off: {line}")
+        left = read_entry(node.state_dir, vmid)
         journal = open_journal(node.state_dir, vmid, job, kind)
+        if left is not None:
+            journal.note(frozen=left.frozen)
         try:
             await _lock(local, journal, lock_now, lock_wait_s)
             async with local.register_qmeventd(vmid) as warning:
@@ -74,7 +77,13 @@ async def _lock(
     vmid = journal.entry.vmid
     deadline = asyncio.get_running_loop().time() + wait_s
     while True:
-        if not (lock := await lock_now()):
+        try:
+            lock = await lock_now()
+        except PveRefusalError as error:
+            if error.reason is Reason.VM_MISSING:
+                raise _gone(vmid) from error
+            raise
+        if not lock:
             journal.note(locked=True)
             try:
                 await local.set_lock(vmid)

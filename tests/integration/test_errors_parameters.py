@@ -63,7 +63,7 @@ async def test_wrong_parameters_are_named_with_what_was_meant(
             "vmdi=100": "unknown parameter vmdi; did you mean vmid?",
             "quiesce=yes": "no VM is selected: give vmid, name, pool, tag, or all=yes",
             "vmid=100 cbw_timeout=99": "cbw_timeout=99:",
-            "vmid=100 fleecing_storage=nowhere": "fleecing_storage=nowhere is not there",
+            "vmid=100 fleecing_storage=nowhere": "fleecing_storage=nowhere is not",
         },
     )
 
@@ -272,6 +272,4 @@ async def test_another_proxmox_ve_than_known_is_warned_of(
     answer = {"version": found, "release": release, "repoid": "0123456789abcdef"}
     monkeypatch.setattr(api_cluster, "version_of", lambda _: answer)
     result = await world.backup("vmid=100")
-    warned(
-        result, f"Proxmox VE {found} is {age} than this plug-in knows (8.x and 9.x)"
-    )
+    warned(result, f"Proxmox VE {found} is {age} than this plug-in knows (8.x and 9.x)")

@@ -112,6 +112,12 @@ def route(
     return register
 
 
+def _heard(work: asyncio.Task[Any]) -> None:
+    """Nobody waits any more for what a late call ends with."""
+    if not work.cancelled():
+        work.exception()
+
+
 class Proxy:
     """The HTTPS server of one node; any node answers for all of them."""
 
@@ -174,6 +180,7 @@ class Proxy:
         work = asyncio.create_task(self._call(request))
         self._late.add(work)
         work.add_done_callback(self._late.discard)
+        work.add_done_callback(_heard)
         done, _ = await asyncio.wait({work}, timeout=self.site.proxy_limit_s)
         if not done:
             raise ApiError(596, "Connection timed out")
