@@ -66,11 +66,9 @@ class Screen:
 
 def main() -> int:
     """Tell the story; return an exit status."""
-    # A signal must undo everything as an error does: no QEMU may be left behind.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         asyncio.run(tell())
-    except KeyboardInterrupt:
+    except asyncio.CancelledError:
         print("\ndemo: interrupted", file=sys.stderr)
         return 1
     except Exception as error:
@@ -83,6 +81,10 @@ def main() -> int:
 
 async def tell() -> None:
     """Run the demo and, when it fails, keep the logs before all is removed."""
+    # A signal must undo everything as an error does: no QEMU may be left behind.
+    told = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, told.cancel)
     boot_disk = GUEST / "boot.raw"
     if not boot_disk.exists():
         raise DemoError(f"{boot_disk} is missing: run ./dev setup")
