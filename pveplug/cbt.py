@@ -20,6 +20,11 @@ PrevJobName gives. ``size`` is the disk's size in bytes when the segment began: 
 bitmap grows with its disk and its new tail starts clean, so what lies beyond the size
 at job P must be read whatever the bitmaps say. It is in the name because the name
 travels with the bitmap in a live migration, and no state file does.
+
+History is only ever cut off at its old end, never in the middle: a union with a hole
+would call changed blocks clean. Where tracking was interrupted there *is* a hole, so
+everything up to it goes, in the transaction that opens the new segment. Otherwise a
+later job that names an older P would join the two ends and miss what lies between.
 """
 
 from __future__ import annotations
@@ -38,7 +43,11 @@ FOLD_ABOVE: Final = 24
 """Fold when a disk has more segments than this; 16 to 32 measured best."""
 KEEP_AT_MOST: Final = 96
 """Merges of more block QEMU's main loop too long (0.1 s per 100 on 1 TiB)."""
-_NAME: Final = re.compile(r"ph-(c[0-9a-f]{8})-(\d{5,})-([FID])-(.+)@(\d+)")
+PUNCTUAL_S: Final = 1800
+"""Time zones differ by at least this much, rare ones aside."""
+_NAME: Final = re.compile(
+    r"ph-(c[0-9a-f]{8})-([0-9]{5,})-([FID])-(.+)@([0-9]+)", re.DOTALL
+)
 _STAMP: Final = re.compile(r"\.(\d{4})-(\d\d)-(\d\d)_(\d\d)\.(\d\d)\.(\d\d)_\d+$")
 
 
@@ -125,6 +134,8 @@ class DiskPlan:
     new: Segment
     disable: tuple[str, ...]
     """Older recording segments of the chain, to be disabled after the switch."""
+    drop: tuple[str, ...]
+    """Segments before a hole in the history, to be removed as ``new`` is added."""
     union: tuple[str, ...]
     """Bitmaps to merge; empty exactly when ``whole`` gives a reason."""
     whole: str | None
@@ -134,6 +145,9 @@ class DiskPlan:
     parent_size: int
     """Size at the parent job; what lies beyond is read in any case."""
     folds: tuple[Fold, ...] = ()
+    opens: bool = True
+    """Whether ``new`` is added. Not where a hole can't be cut off: while it is the
+    newest thing there is, every job sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +161,12 @@ class Level:
 
 
 def plan(
-    job: str, level: Level, disks: Mapping[str, Tracked], *, purpose: str = "bacula"
+    job: str,
+    level: Level,
+    disks: Mapping[str, Tracked],
+    *,
+    purpose: str = "bacula",
+    now: float | None = None,
 ) -> dict[str, DiskPlan]:
     """Decide, for every disk of a VM, what the job reads and does to the segments.
 
@@ -156,11 +175,12 @@ def plan(
         level: what Bacula announced; never a disk's escalation.
         disks: disk key (``scsi0``) -> the disk as it is now.
         purpose: keeps chains of different uses apart.
+        now: seconds since the epoch; None: a VirtualFull's name is never understood.
     """
     chain = chain_id(job, purpose)
     segments = {key: _segments(disk, chain) for key, disk in disks.items()}
     seq = 1 + max((s.seq for found in segments.values() for s in found), default=0)
-    parent = _parent_job(level, segments.values())
+    parent = _parent_job(job, level, segments.values(), now)
     return {
         key: _plan_disk(
             Segment(seq, chain, level.letter, job, disk.size),
@@ -186,31 +206,67 @@ def _plan_disk(
     segments: Sequence[Segment],
 ) -> DiskPlan:
     states = {bitmap.name: bitmap for bitmap in disk.bitmaps}
-    disable = tuple(s.name for s in segments if states[s.name].recording)
     reason: str | None
     union: list[Segment]
     if level.letter == "F":
         reason, union = "level Full", []
     else:
         reason, union = _union(level, parent, disk, segments, states)
-    start = union[0] if union else None
-    folds: tuple[Fold, ...]
-    if start is None or reason is not None:
-        folds = _dropped(segments, states)
-    else:
-        dead, alive = _dead_fulls(segments, start, states)
-        folds = dead
-        if level.letter == "I" and len(alive) > FOLD_ABOVE:
-            folds += _folded(alive, start, states)
+    start = union[0] if union and reason is None else None
+    hole = _hole(disk, segments, states)
+    drop, kept = segments[:hole], segments[hole:]
+    opens = not any(states[s.name].busy for s in drop)
+    folds: tuple[Fold, ...] = ()
+    if opens and not any(states[s.name].busy for s in kept):
+        folds = _folds(level, start, kept)
     return DiskPlan(
         new=new,
-        disable=disable,
-        union=tuple(s.name for s in union) if reason is None else (),
+        disable=tuple(s.name for s in kept if opens and states[s.name].recording),
+        drop=tuple(s.name for s in drop if opens),
+        union=tuple(s.name for s in union) if start else (),
         whole=reason,
-        parent_job=start.job if start and reason is None else None,
-        parent_size=start.size if start and reason is None else 0,
+        parent_job=start.job if start else None,
+        parent_size=start.size if start else 0,
         folds=folds,
+        opens=opens,
     )
+
+
+def _hole(
+    disk: Tracked, segments: Sequence[Segment], states: Mapping[str, Bitmap]
+) -> int:
+    """Return how many segments, from the oldest, lie before a hole in the history.
+
+    A job of any level looks for it, also one that doesn't need the history: it is the
+    last to see that the newest segment had stopped recording.
+    """
+    if segments and not states[segments[-1].name].recording:
+        return len(segments)
+    bad = (
+        place
+        for place, segment in enumerate(segments, 1)
+        # A bitmap shrinks with its disk and grows again with a clean tail.
+        if states[segment.name].inconsistent or segment.size > disk.size
+    )
+    return max(bad, default=0)
+
+
+def _folds(
+    level: Level,
+    parent: Segment | None,
+    segments: Sequence[Segment],
+) -> tuple[Fold, ...]:
+    """Return what shortens the history, to be done after the switch.
+
+    All of ``segments`` are disabled by then. The newest, which records while this is
+    planned, is often the one that matters: that of a job that failed just before.
+    """
+    if parent is None:
+        return _bounded(segments, None)
+    dead, alive = _dead_fulls(segments, parent)
+    if level.letter == "I" and len(alive) > FOLD_ABOVE:
+        return dead + _folded(alive, parent)
+    return dead + _bounded(alive, parent)
 
 
 def _union(
@@ -251,65 +307,79 @@ def _union(
             "(an external snapshot or another tool disabled it)",
             [],
         )
-    if disk.size < own.size:
-        return f"the disk shrank from {own.size} to {disk.size} bytes", []
+    if (largest := max(s.size for s in union)) > disk.size:
+        return f"the disk shrank from {largest} to {disk.size} bytes", []
     return None, union
 
 
-def _parent_job(level: Level, disks: Iterable[Sequence[Segment]]) -> str | None:
+def _parent_job(
+    job: str, level: Level, disks: Iterable[Sequence[Segment]], now: float | None
+) -> str | None:
     """Return the job whose segment stands for Bacula's PrevJobName.
 
     Usually that name itself. After a VirtualFull whose sources were pruned,
     PrevJobName may be the VirtualFull's own name, which was never a backup of ours;
     then ``since`` is the start of its newest member. That member is accepted when
-    exactly one job's name carries that time; the clock of the Director and ours may
-    be in different zones: then nothing matches, and the job reads everything.
+    exactly one job's name carries that time.
+
+    Names carry the Director's local time. Read in another zone they would be hours
+    off, and with an hourly schedule would fit the wrong job. So the running job's own
+    name must agree with our clock first: one that waited long, or a Director in
+    another zone, gets a whole read.
     """
     jobs = {segment.job for disk in disks for segment in disk}
-    if not level.parent_job or level.parent_job in jobs or level.since is None:
+    if not level.parent_job or level.parent_job in jobs:
+        return level.parent_job
+    began = _started(job)
+    if level.since is None or now is None or began is None:
+        return level.parent_job
+    if not -60 <= now - began < PUNCTUAL_S:
         return level.parent_job
     near = [
-        job
-        for job in jobs
-        if (stamp := _started(job)) is not None and 0 <= level.since - stamp <= 2
+        other
+        for other in jobs
+        if (stamp := _started(other)) is not None and 0 <= level.since - stamp <= 2
     ]
     return near[0] if len(near) == 1 else level.parent_job
 
 
 def _started(job: str) -> float | None:
-    """Return the local time in a unique job name as seconds since the epoch."""
+    """Return the local time in a unique job name as seconds since the epoch.
+
+    None where there is none, or where the clock was set back and showed it twice.
+    """
     if not (found := _STAMP.search(job)):
         return None
     try:
         stamp = datetime.datetime(*map(int, found.groups()))  # type: ignore[arg-type]  # noqa: DTZ001 - the Director writes local time
-    except ValueError:
+        seconds = stamp.timestamp()
+        twice = stamp.replace(fold=1).timestamp() != seconds
+    except (ValueError, OverflowError):
         return None
-    return stamp.timestamp()
+    return None if twice else seconds
 
 
 def _dead_fulls(
-    segments: Sequence[Segment], parent: Segment, states: Mapping[str, Bitmap]
+    segments: Sequence[Segment], parent: Segment
 ) -> tuple[tuple[Fold, ...], list[Segment]]:
     """Fold Fulls after P into their predecessors: the Director does not count them.
 
     A job that names P proves that a later Full failed or was disowned; left alone its
     segment would later be taken for the start of the chain.
     """
-    folds: list[Fold] = []
+    dead: dict[str, list[str]] = {}
     alive: list[Segment] = []
     for segment in segments:
-        disabled = not states[segment.name].recording
-        if segment.level == "F" and segment.seq > parent.seq and disabled:
+        if segment.level == "F" and segment.seq > parent.seq:
             # Never the first one: P itself is before it.
-            folds.append(Fold(alive[-1].name, (segment.name,), (segment.name,)))
+            dead.setdefault(alive[-1].name, []).append(segment.name)
         else:
             alive.append(segment)
-    return tuple(folds), alive
+    folds = tuple(Fold(into, tuple(s), tuple(s)) for into, s in dead.items())
+    return folds, alive
 
 
-def _folded(
-    segments: Sequence[Segment], parent: Segment, states: Mapping[str, Bitmap]
-) -> tuple[Fold, ...]:
+def _folded(segments: Sequence[Segment], parent: Segment) -> tuple[Fold, ...]:
     """Fold the history of an Incremental that names P; P is thereby accepted.
 
     The Full that P stands on keeps its own segment (a Differential may name it), and
@@ -327,24 +397,26 @@ def _folded(
             folds.append(Fold(full.name, between, between))
     if older:
         folds.append(Fold(None, (), older))
-    failed = tuple(
-        s.name for s in segments if s.seq > parent.seq and not states[s.name].recording
-    )
-    if failed:
+    if failed := tuple(s.name for s in segments if s.seq > parent.seq):
         folds.append(Fold(parent.name, failed, failed))
     return tuple(folds)
 
 
-def _dropped(
-    segments: Sequence[Segment], states: Mapping[str, Bitmap]
-) -> tuple[Fold, ...]:
-    """Bound the number of segments where folding never comes (Fulls only).
+def _bounded(segments: Sequence[Segment], parent: Segment | None) -> tuple[Fold, ...]:
+    """Bound the number of segments where the usual folding doesn't come.
 
-    Dropping the oldest only costs a whole read to a job that would name it.
-    Inconsistent ones can do nothing but be removed.
+    That is: Fulls only, or a Full with many Differentials. The oldest go; those that
+    came after a P that is needed go into P. Either costs a whole read to a job that
+    would name them, which happens only if all newer jobs are disowned.
     """
-    extra = max(0, len(segments) - KEEP_AT_MOST)
-    names = [s.name for s in segments[:extra]]
-    names += [s.name for s in segments[extra:] if states[s.name].inconsistent]
-    names = [n for n in names if not states[n].busy and not states[n].recording]
-    return (Fold(None, (), tuple(names)),) if names else ()
+    extra = len(segments) + 1 - KEEP_AT_MOST  # the new one counts
+    if extra <= 0:
+        return ()
+    place = len(segments) if parent is None else segments.index(parent)
+    folds: list[Fold] = []
+    if older := tuple(s.name for s in segments[: min(extra, place)]):
+        folds.append(Fold(None, (), older))
+    if parent is not None and extra > place:
+        names = tuple(s.name for s in segments[place + 1 :][: extra - place])
+        folds.append(Fold(parent.name, names, names))
+    return tuple(folds)

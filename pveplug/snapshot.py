@@ -30,6 +30,7 @@ Sequences, and why their order may not be changed: docs/cbt.md.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ from pveplug.blockgraph import (
 )
 from pveplug.cleanup import clean_up, query_graph
 from pveplug.errors import ConfigError, IntegrityError, QmpError, TransportError
-from pveplug.qmp import qmp_session
+from pveplug.qmp import VmGoneError, qmp_session
+from pveplug.units import CLUSTER
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,9 @@ class PointInTime:
             if not disk.is_flash
         }
         if self._options.cbt:
-            self._plans = cbt.plan(job, level, tracked, purpose=self._options.purpose)
+            self._plans = cbt.plan(
+                job, level, tracked, purpose=self._options.purpose, now=time.time()
+            )
         images = {
             key: await self._scratch.create(key, disk.size, backing=self._fleeced(disk))
             for key, disk in self._disks.items()
@@ -231,12 +235,25 @@ class PointInTime:
         transaction only ``blockdev-backup`` opens a drained section that lasts to the
         end, so there too the old ones are disabled last.
         """
-        add = [
+        # What lies before a hole in the history goes as the new segment comes: apart,
+        # a kill in between would hide the hole.
+        add: list[tuple[str, dict[str, Any]]] = [
+            ("block-dirty-bitmap-remove", {"node": self._disks[key].top, "name": name})
+            for key, plan in self._plans.items()
+            for name in plan.drop
+        ]
+        add += [
             (
                 "block-dirty-bitmap-add",
-                {"node": self._disks[key].top, "name": plan.new.name},
+                {
+                    "node": self._disks[key].top,
+                    "name": plan.new.name,
+                    # QEMU's default follows a qcow2's smaller clusters.
+                    "granularity": CLUSTER,
+                },
             )
             for key, plan in self._plans.items()
+            if plan.opens
         ]
         fleece = [
             (
@@ -328,7 +345,12 @@ class PointInTime:
                 [
                     (
                         "block-dirty-bitmap-add",
-                        {"node": scratch, "name": union, "disabled": True},
+                        {
+                            "node": scratch,
+                            "name": union,
+                            "granularity": CLUSTER,
+                            "disabled": True,
+                        },
                     ),
                     (
                         "block-dirty-bitmap-merge",
@@ -406,16 +428,18 @@ class PointInTime:
                     await qmp.transaction(actions)
             except QmpError as error:
                 self.notes.append(f"{key}: segments were not folded: {error.desc}")
+                return  # the later ones count on the earlier
 
     async def close(self) -> None:
         """Take everything out of the VM and remove the scratch images.
 
         Raises:
-            QmpError, IntegrityError: something of ours is still in the VM; the
-                scratch images are then kept, the VM may still be writing to them.
+            QmpError, IntegrityError, TransportError: something of ours is still in the
+                VM; the scratch images are then kept, the VM may still be writing to
+                them.
         """
         try:
             await clean_up(self._qmp_path, self._nbd_socket)
-        except TransportError as error:
+        except VmGoneError as error:
             log.info("vm gone at clean-up: %s", error)
         await self._scratch.remove()

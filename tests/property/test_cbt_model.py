@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of segments against a model of writes, jobs and a Director.
+
+The model keeps what each block of each disk holds, what each bitmap has recorded and
+when each block was written. A job does to the bitmaps what ``snapshot.py`` does, in
+its order, and may be cut off between any two steps. What is true for every history:
+
+- an image built on its parent's equals the disk at the job's instant;
+- the union is *exactly* what was written since the parent, never more;
+- a disk is read whole only for a reason that really happened;
+- segments stay bounded, and their numbers only grow.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from pveplug import cbt
+from pveplug.cbt import Bitmap, Level, Tracked
+from pveplug.units import CLUSTER
+
+FOLD_ABOVE, KEEP_AT_MOST = 3, 7
+RESOURCES = ("nightly", "weekly")
+CUTS = ("", "", "", "", "before", "added", "switched", "disabled", "merged", "folded")
+"""Where a job dies; "" is not at all, so most do well."""
+
+
+@dataclass
+class Bits:
+    dirty: set[int] = field(default_factory=set)
+    recording: bool = True
+    busy: bool = False
+    inconsistent: bool = False
+
+
+@dataclass
+class Disk:
+    born: int
+    slack: int
+    blocks: list[int]
+    bitmaps: dict[str, Bits] = field(default_factory=dict)
+    written: list[tuple[int, int]] = field(default_factory=list)
+    disturbed: int = -1
+    """When something last happened that no bitmap could record."""
+    shrunk: set[str] = field(default_factory=set)
+    """Chains which haven't seen yet that the disk shrank."""
+
+    @property
+    def size(self) -> int:
+        return len(self.blocks) * CLUSTER - self.slack
+
+    def tracked(self) -> Tracked:
+        return Tracked(
+            self.size,
+            tuple(
+                Bitmap(name, bits.recording, bits.busy, bits.inconsistent)
+                for name, bits in reversed(self.bitmaps.items())
+            ),
+        )
+
+    def merge(self, target: set[int], names: tuple[str, ...]) -> None:
+        assert names, "an empty merge kills QEMU"
+        for name in names:
+            assert not self.bitmaps[name].busy
+            assert not self.bitmaps[name].inconsistent
+            target |= self.bitmaps[name].dirty
+
+    def remove(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            assert not self.bitmaps[name].busy
+            del self.bitmaps[name]
+
+
+@dataclass
+class Job:
+    name: str
+    level: str
+    epoch: int
+    began: int
+    """The model's time at which its segments were added."""
+    images: dict[str, tuple[int, list[int]]]
+    """key -> (birth of the disk, blocks)"""
+    opened: set[str]
+    """Disks that got a segment."""
+
+
+class History(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved = cbt.FOLD_ABOVE, cbt.KEEP_AT_MOST
+        cbt.FOLD_ABOVE, cbt.KEEP_AT_MOST = FOLD_ABOVE, KEEP_AT_MOST  # type: ignore[misc]
+        self.now = 0
+        self.count = 0
+        self.epoch = 1_700_000_000
+        self.zone = 0
+        self.disks: dict[str, Disk] = {}
+        self.good: dict[str, list[Job]] = {name: [] for name in RESOURCES}
+        self.disowned: dict[str, int] = dict.fromkeys(RESOURCES, -1)
+
+    def teardown(self) -> None:
+        cbt.FOLD_ABOVE, cbt.KEEP_AT_MOST = self.saved  # type: ignore[misc]
+
+    def tick(self) -> int:
+        self.now += 1
+        return self.now
+
+    @initialize()
+    def machine(self) -> None:
+        for key in ("scsi0", "scsi1"):
+            self.disks[key] = Disk(self.tick(), 0, [0] * 6)
+
+    # -- what a guest and an administrator do
+
+    @rule(key=st.sampled_from(["scsi0", "scsi1", "scsi2"]), block=st.integers(0, 9))
+    def write(self, key: str, block: int) -> None:
+        disk = self.disks.get(key)
+        if disk is None or block >= len(disk.blocks):
+            return
+        disk.blocks[block] = self.tick()
+        disk.written.append((self.now, block))
+        for bits in disk.bitmaps.values():
+            if bits.recording:
+                bits.dirty.add(block)
+
+    def scribble(self, blocks: list[int]) -> None:
+        for number, block in enumerate(blocks):
+            self.write(f"scsi{number % 3}", block)
+
+    @rule(
+        key=st.sampled_from(["scsi1", "scsi2"]),
+        blocks=st.integers(0, 8),
+        slack=st.sampled_from([0, 512]),
+    )
+    def plug_or_replace(self, key: str, blocks: int, slack: int) -> None:
+        if blocks:
+            self.disks[key] = Disk(self.tick(), slack, [self.now] * blocks)
+        else:
+            self.disks.pop(key, None)
+
+    @rule(key=st.sampled_from(["scsi0", "scsi1"]), by=st.integers(0, 2))
+    def grow(self, key: str, by: int) -> None:
+        disk = self.disks.get(key)
+        if disk and not disk.shrunk and len(disk.blocks) < 12:
+            disk.slack = 0
+            disk.blocks += [-1] * by
+
+    @rule(key=st.sampled_from(["scsi0", "scsi1"]))
+    def shrink(self, key: str) -> None:
+        disk = self.disks.get(key)
+        if disk is None or len(disk.blocks) < 3:
+            return
+        disk.slack = 0
+        disk.blocks.pop()
+        disk.disturbed = self.tick()
+        disk.shrunk = {cbt.chain_id(name + ".x") for name in RESOURCES}
+        for bits in disk.bitmaps.values():
+            bits.dirty.discard(len(disk.blocks))
+
+    @rule()
+    def power_cycle(self) -> None:
+        for disk in self.disks.values():
+            disk.bitmaps.clear()
+            disk.disturbed = self.tick()
+
+    @rule(key=st.sampled_from(["scsi0", "scsi1"]), pick=st.integers(0, 20))
+    def another_tool_stops_tracking(self, key: str, pick: int) -> None:
+        disk = self.disks.get(key)
+        if disk is None or not disk.bitmaps:
+            return
+        bits = list(disk.bitmaps.values())[pick % len(disk.bitmaps)]
+        if bits.recording:
+            bits.recording = False
+            disk.disturbed = self.tick()
+
+    @rule(
+        key=st.sampled_from(["scsi0", "scsi1"]),
+        pick=st.integers(0, 20),
+        broken=st.booleans(),
+    )
+    def trouble(self, key: str, pick: int, broken: bool) -> None:
+        """A bitmap is in use for a while, or is found inconsistent."""
+        disk = self.disks.get(key)
+        if disk is None or not disk.bitmaps:
+            return
+        bits = list(disk.bitmaps.values())[pick % len(disk.bitmaps)]
+        disk.disturbed = self.tick()
+        if broken:
+            bits.inconsistent, bits.recording, bits.dirty = True, False, set()
+        else:
+            bits.busy = True
+
+    @rule()
+    def nothing_is_busy(self) -> None:
+        for disk in self.disks.values():
+            for bits in disk.bitmaps.values():
+                bits.busy = False
+
+    @rule(zone=st.sampled_from([0, 0, 1, -1]))
+    def clock_change(self, zone: int) -> None:
+        """The Director's local time jumps; ours doesn't."""
+        self.zone = zone
+
+    # -- what the Director does
+
+    @rule(resource=st.sampled_from(RESOURCES), count=st.integers(1, 3))
+    def disown(self, resource: str, count: int) -> None:
+        """Forget the newest jobs: deleted, purged, or found bad later."""
+        if self.good[resource]:
+            del self.good[resource][-count:]
+            self.disowned[resource] = self.tick()
+
+    @rule(resource=st.sampled_from(RESOURCES))
+    def virtual_full(self, resource: str) -> None:
+        """Consolidate and prune; the newest member lends it its start."""
+        if not self.good[resource]:
+            return
+        newest = self.good[resource][-1]
+        name = self.name(resource)
+        virtual = Job(
+            name, "F", newest.epoch, newest.began, newest.images, newest.opened
+        )
+        self.good[resource] = [virtual]
+        self.disowned[resource] = self.tick()
+
+    def name(self, resource: str) -> str:
+        self.epoch += 3600
+        self.count += 1
+        local = time.gmtime(self.epoch + self.zone * 3600)
+        stamp = time.strftime("%Y-%m-%d_%H.%M.%S", local)
+        return f"{resource}.{stamp}_{self.count % 60:02d}"
+
+    def parent(self, resource: str, level: str) -> Job | None:
+        jobs = self.good[resource]
+        if level == "D":
+            jobs = [job for job in jobs if job.level == "F"]
+        full = any(job.level == "F" for job in self.good[resource])
+        return jobs[-1] if level != "F" and full and jobs else None
+
+    @rule(
+        resource=st.sampled_from(RESOURCES),
+        wanted=st.sampled_from("FIIIID"),
+        cut=st.sampled_from(CUTS),
+        excluded=st.sampled_from(["", "", "", "scsi1"]),
+        blocks=st.lists(st.integers(0, 9), max_size=8),
+    )
+    def job(
+        self, resource: str, wanted: str, cut: str, excluded: str, blocks: list[int]
+    ) -> None:
+        parent = self.parent(resource, wanted)
+        level = (
+            Level(wanted, parent.name, parent.epoch)
+            if parent
+            else Level("F", None, None)
+        )
+        name = self.name(resource)
+        disks = {k: d for k, d in self.disks.items() if k != excluded}
+        plans = cbt.plan(
+            name,
+            level,
+            {key: disk.tracked() for key, disk in disks.items()},
+            now=self.epoch + 5.0,
+        )
+        assert len({plan.new.seq for plan in plans.values()}) <= 1
+        for key, plan in plans.items():
+            self.check_plan(resource, level, parent, key, disks[key], plan)
+        self.scribble(blocks[:2])
+        if cut == "before":
+            return
+        began = self.tick()
+        for key, plan in plans.items():
+            disks[key].remove(plan.drop)
+            if plan.opens:
+                assert plan.new.name not in disks[key].bitmaps
+                disks[key].bitmaps[plan.new.name] = Bits()
+                disks[key].shrunk.discard(plan.new.chain)
+        if cut == "added":
+            return
+        self.scribble(blocks[2:4])
+        images = {key: (d.born, list(d.blocks)) for key, d in disks.items()}
+        if cut == "switched":
+            return
+        self.scribble(blocks[4:6])
+        for key, plan in plans.items():
+            for old in plan.disable:
+                disks[key].bitmaps[old].recording = False
+        if cut == "disabled":
+            return
+        unions: dict[str, set[int]] = {}
+        for key, plan in plans.items():
+            if plan.union:
+                unions[key] = set()
+                disks[key].merge(unions[key], plan.union)
+        if cut == "merged":
+            return
+        self.scribble(blocks[6:])
+        for key, plan in plans.items():
+            for fold in plan.folds:
+                if fold.target:
+                    disks[key].merge(
+                        disks[key].bitmaps[fold.target].dirty, fold.sources
+                    )
+                disks[key].remove(fold.remove)
+            ours = [n for n in disks[key].bitmaps if plan.new.chain in n]
+            busy = any(disks[key].bitmaps[n].busy for n in ours)
+            assert busy or len(ours) <= KEEP_AT_MOST
+        for key, plan in plans.items():
+            if plan.whole is None:
+                assert parent is not None
+                self.check_union(parent, key, plan, images, unions[key], disks[key])
+        if cut == "folded":
+            return
+        opened = {key for key, plan in plans.items() if plan.opens}
+        job = Job(name, level.letter, self.epoch, began, images, opened)
+        self.good[resource].append(job)
+
+    def check_plan(
+        self,
+        resource: str,
+        level: Level,
+        parent: Job | None,
+        key: str,
+        disk: Disk,
+        plan: cbt.DiskPlan,
+    ) -> None:
+        assert (plan.whole is None) == bool(plan.union) == (plan.parent_job is not None)
+        if plan.whole is None or parent is None:
+            return
+        assert plan.whole
+        assert (
+            key not in parent.images
+            or parent.images[key][0] != disk.born
+            or disk.disturbed >= parent.began
+            or self.disowned[resource] >= parent.began
+            or key not in parent.opened
+            or any(bits.busy for bits in disk.bitmaps.values())
+        ), plan.whole
+
+    def check_union(
+        self,
+        parent: Job,
+        key: str,
+        plan: cbt.DiskPlan,
+        images: dict[str, tuple[int, list[int]]],
+        union: set[int],
+        disk: Disk,
+    ) -> None:
+        born, old = parent.images[key]
+        assert born == disk.born, "an incremental on another disk's image"
+        truth = images[key][1]
+        image = (old + [0] * len(truth))[: len(truth)]
+        for block in range(len(truth)):
+            if block in union or block >= plan.parent_size // CLUSTER:
+                image[block] = truth[block]
+        assert image == truth, "a wrong incremental"
+        if disk.disturbed < parent.began:
+            since = {block for at, block in disk.written if at >= parent.began}
+            # What was written after the switch is in it or not; it is no error.
+            assert union <= since
+
+    @invariant()
+    def names_are_parsed_back(self) -> None:
+        for disk in self.disks.values():
+            for name in disk.bitmaps:
+                segment = cbt.parse_segment(name)
+                assert segment is not None
+                assert segment.name == name
+
+    @precondition(lambda self: self.disks)
+    @invariant()
+    def a_new_segment_is_always_the_newest(self) -> None:
+        for disk in self.disks.values():
+            for resource in RESOURCES:
+                chain = cbt.chain_id(resource + ".x")
+                found = [cbt.parse_segment(name) for name in disk.bitmaps]
+                seqs = [s.seq for s in found if s is not None and s.chain == chain]
+                assert seqs == sorted(set(seqs))
+
+
+History.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None
+)
+test_no_history_makes_a_wrong_or_a_needlessly_large_incremental = pytest.mark.timeout(
+    300
+)(History.TestCase)
