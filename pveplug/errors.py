@@ -138,7 +138,9 @@ class JobError(PveplugError):
             if part
         )
         text = f"{where}: {message}" if where else message
-        super().__init__(f"{text} Remedy: {remedy}" if remedy else text)
+        if remedy:
+            text = f"{text.rstrip('. ')}. Remedy: {remedy}"
+        super().__init__(text)
         self.vm = vm
         self.disk = disk
         self.phase = phase

@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import signal
+import textwrap
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
@@ -22,6 +23,7 @@ from typing import Final, Literal, Protocol
 from pveplug.errors import JobError, PveplugError
 from pveplug.events import Reporter
 from pveplug.journal import Journal
+from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.watchdog import ThawWatchdog
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 PING_S: Final = 8.0
 """PVE itself waits 3 s for an agent's answer."""
 THAW_S: Final = 30.0
+NEVER_ASKED: Final = (Reason.PERMISSION, Reason.LOGIN, Reason.AGENT_MISSING)
+"""Refusals of PVE's own, before the guest hears of a freeze."""
 SETTLE_S: Final = 15.0
 """What the watchdog grants beyond the freeze for the switch and the thaw."""
 
@@ -83,7 +87,7 @@ async def frozen(
     if why is None:
         why = await _silent(agent)
     if why is not None:
-        verdict.text = f"crash-consistent ({why})"
+        verdict.text = f"crash-consistent ({_brief(why)})"
         (say.warning if wish.quiesce == "yes" else say.info)(
             f"VM {vmid}: not frozen: {why}; the backup is crash-consistent"
         )
@@ -106,8 +110,13 @@ async def frozen(
             async with asyncio.timeout(wish.timeout_s):
                 verdict.frozen = await agent.freeze()
         except (TimeoutError, PveplugError) as error:
+            if isinstance(error, PveRefusalError) and error.reason in NEVER_ASKED:
+                # Neither was the guest frozen, nor would a thaw be let through.
+                stack.pop_all()
+                await watchdog.disarm()
+                journal.note(frozen=False)
             reason = str(error) or f"no answer in {wish.timeout_s:.0f} s"
-            verdict.text = f"crash-consistent (freeze failed: {reason})"
+            verdict.text = f"crash-consistent (freeze failed: {_brief(reason)})"
             say.warning(
                 f"VM {journal.entry.vmid}: the guest agent did not freeze: {reason}; "
                 "the backup is crash-consistent"
@@ -116,6 +125,11 @@ async def frozen(
             kind = "application" if wish.windows else "filesystem"
             verdict.text = f"{kind}-consistent ({verdict.frozen} filesystems frozen)"
         yield verdict
+
+
+def _brief(reason: str) -> str:
+    """Return the head of a reason; the warning has all of it."""
+    return textwrap.shorten(reason.partition(". ")[0], 120, placeholder=" …")
 
 
 def _why_not(wish: Wish) -> str | None:

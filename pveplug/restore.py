@@ -27,6 +27,7 @@ from pveplug.errors import (
     ConfigError,
     IntegrityError,
     JobError,
+    NbdError,
     PveplugError,
     RemoteProtocolError,
 )
@@ -126,7 +127,9 @@ class Restore:
         records, problems = decode_objects(blobs)
         self._damaged = problems
         for text in problems:
-            self._session.warning(f"restore object: {text}")
+            self._session.warning(
+                f"{text}; where that leaves a gap the images are replayed in order"
+            )
         for directory, group in by_vm(records).items():
             self._vms[directory] = self._vm_of(group)
         if not blobs:
@@ -197,6 +200,8 @@ class Restore:
             raise
         except (IntegrityError, RemoteProtocolError) as error:
             raise _failed(vm, key, error, "the backup is damaged") from error
+        except NbdError as error:
+            raise vm.target.write_failed(key, error) from error
         except PveplugError as error:
             raise _failed(vm, key, error, None) from error
         await file.done()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from pveplug.config import RestoreConfig
-from pveplug.errors import JobError, PveplugError
+from pveplug.errors import JobError, NbdError, PveplugError
 from pveplug.events import Reporter
 from pveplug.images.chain import Chain
 from pveplug.images.manifest import Manifest
@@ -50,6 +50,8 @@ from pveplug.vmrestore import (
 log = logging.getLogger(__name__)
 
 LOCK_WAIT_S: Final = 60.0
+ENOSPC: Final = 28
+"""As the NBD protocol numbers it."""
 FILE_STORAGES: Final = frozenset({"dir", "nfs", "cifs", "cephfs", "glusterfs", "btrfs"})
 ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
 """Where a fresh volume reads as zeroes; thick LVM shows what was there before."""
@@ -406,6 +408,22 @@ class VmTarget:
         await writer.open(address)
         return writer
 
+    def write_failed(self, key: str, error: NbdError) -> JobError:
+        """Return the error for a write that the target storage refused."""
+        storage = self._goal.volumes[key].plan.storage
+        full = error.errno == ENOSPC
+        return JobError(
+            f"No space left on storage {storage}: {error}."
+            if full
+            else f"storage {storage} refused a write: {error}.",
+            vm=str(self.vmid),
+            disk=key,
+            phase="write",
+            remedy="free space there or name another restore_storage."
+            if full
+            else "see the node's kernel log, or name another restore_storage.",
+        )
+
     async def _allocate(self, plan: DiskPlan, storage: Storage) -> str:
         there = await self._api.volumes(self._here, storage.name, vmid=self.vmid)
         used = {v.volid for v in there} | {
@@ -459,7 +477,10 @@ class VmTarget:
                     remedy="select the whole directory of the VM, in every job of the "
                     "chain, or name the disks you want with disks=.",
                 )
-            await volume.writer.finish()
+            try:
+                await volume.writer.finish()
+            except NbdError as error:
+                raise self.write_failed(key, error) from error
         await self._stop_serving()
         if self.journal.entry.locked:
             await self._local.unlock(self.vmid)
@@ -492,7 +513,15 @@ class VmTarget:
         self.journal.close()
         self._journal = None
         if self._config.start_after and not self._config.disks:
+            await self._start()
+
+    async def _start(self) -> None:
+        """Start the VM; it is restored all the same where that fails."""
+        try:
             await self._api.start_vm(self._here, self.vmid)
+        except PveplugError as error:
+            self._say.error(f"VM {self.vmid} is restored, but was not started: {error}")
+        else:
             self._say.info(f"VM {self.vmid} was started")
 
     async def _stop_serving(self) -> None:

@@ -381,10 +381,11 @@ class _Opener:
         if storage is None or not storage.active or not storage.holds_images:
             raise JobError(
                 f"fleecing_storage={name} is not there, not active or holds no disk "
-                f"images; this node has {', '.join(sorted(storages)) or 'none'}.",
+                "images, or this credential lacks Datastore.AllocateSpace on "
+                f"/storage/{name}; seen: {', '.join(sorted(storages)) or 'none'}.",
                 vm=str(self._vmid),
                 phase="scratch",
-                remedy="name another, or leave it out.",
+                remedy="name another, leave it out, or grant the privilege.",
             )
         return StorageScratch(
             _Volumes(self._api, self._local, self._here, name, self._vmid),

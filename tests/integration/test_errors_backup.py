@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -46,30 +45,6 @@ async def nothing_left(world: ErrorWorld) -> AsyncIterator[None]:
     yield
     world.site.faults.clear()
     await world.assert_nothing_left()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Make file systems of a size: ``small_disk("2M")``."""
-    mounted: list[Path] = []
-
-    def make(size: str) -> Path:
-        where = tmp_path / f"disk{len(mounted)}"
-        where.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "pveplug-test", where],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-        mounted.append(where)
-        return where
-
-    yield make
-    for where in mounted:
-        subprocess.run(["umount", where], check=True)
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
@@ -128,24 +103,9 @@ async def test_a_vm_that_is_gone_meanwhile_fails_alone(world: ErrorWorld) -> Non
     job_id = await world.start(await world.define("vmid=150"))
     calls = world.site.node.proxy.requests
     await until(lambda: any("/qemu/150/config" in path for _, path, _ in calls))
-    await world.site.tasks.wait(await destroyed(world, 150))
+    await world.destroy(150)
     result = await world.wait(job_id)
     failed(result, "VM 150 (lock): the VM is gone, or another node has it now")
-
-
-async def destroyed(world: ErrorWorld, vmid: int) -> str:
-    from tests.lab import lifecycle
-
-    node = world.site.node
-    return world.site.tasks.start(
-        node.name,
-        "qmdestroy",
-        str(vmid),
-        "root@pam",
-        lambda task: lifecycle.destroy_vm(
-            world.site, node, vmid, skiplock=False, unreferenced=False
-        ),
-    )
 
 
 async def test_the_nbd_server_in_use_by_somebody_else_is_left_alone(

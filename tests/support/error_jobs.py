@@ -10,14 +10,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.lab import lifecycle
 from tests.lab.bacula import JobResult
-from tests.support.world import World
+from tests.support.damaging_backend import install
+from tests.support.world import BACKEND, World
 
 WITHOUT_GUEST: Mapping[str, str] = {"agent": "0"}
 """A VM that only has disks: it runs in 0.3 s."""
@@ -35,6 +38,18 @@ class ErrorWorld(World):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._numbers = itertools.count(1)
+        self._orders = self.base / "damage"
+
+    async def __aenter__(self) -> ErrorWorld:
+        program = self.base / "backend"
+        install(program, BACKEND, self._orders)
+        self._environment["PODHEITOR_PROXMOX_BACKEND"] = str(program)
+        await super().__aenter__()
+        return self
+
+    def damage(self, what: str) -> None:
+        """Damage what later backups send, see :mod:`tests.support.damaging_backend`."""
+        self._orders.write_text(what)
 
     def connect(self, *without: str, **changes: str) -> str:
         """Return the connection with keys left out or changed."""
@@ -71,6 +86,18 @@ class ErrorWorld(World):
         """Queue a job; returns its JobId."""
         return int(await self._in_thread(self.bacula.start_job, name, level))
 
+    async def restored(self, options: str, job_ids: Sequence[int]) -> JobResult:
+        """Restore what these jobs hold, with ``where=/@pve/OPTIONS``."""
+        return await self.restore(where=f"/@pve/{options}", job_ids=job_ids)
+
+    def token(self, name: str, acl: Mapping[str, Iterable[str]]) -> tuple[str, Path]:
+        """Make a token with these privileges; returns its id and its secret's file."""
+        token_id = f"{self.site.token_id.partition('!')[0]}!{name}"
+        secret = self.base / f"token-{name}"
+        secret.write_text(self.site.add_token(token_id, acl))
+        secret.chmod(0o600)
+        return token_id, secret
+
     async def wait(self, job_id: int, timeout_s: float = 120) -> JobResult:
         result = await self._in_thread(self.bacula.wait, job_id, timeout_s)
         assert isinstance(result, JobResult)
@@ -81,9 +108,22 @@ class ErrorWorld(World):
         return "\n".join(await self._in_thread(self.bacula.joblog, job_id))
 
     async def _in_thread(self, function: Any, *arguments: Any, **more: Any) -> Any:
-        import asyncio
-
         return await asyncio.to_thread(function, *arguments, **more)
+
+    async def destroy(self, vmid: int) -> None:
+        """Remove a stopped VM, as root."""
+        site, node = self.site, self.site.node
+        upid = site.tasks.start(
+            node.name,
+            "qmdestroy",
+            str(vmid),
+            "root@pam",
+            lambda task: lifecycle.destroy_vm(
+                site, node, vmid, skiplock=False, unreferenced=False
+            ),
+        )
+        task = await site.tasks.wait(upid)
+        assert task.exitstatus == "OK", task.lines
 
     def inventory(self) -> dict[str, str]:
         """Every VM's configuration, and every volume of every storage."""
