@@ -62,7 +62,8 @@ def summary(
     else:
         level = f"changes since {disk.parent_job}"
     rate = progress.read / max(seconds, 0.001) / 1e6
-    dirty = clusters.data_bytes + clusters.zero_bytes
+    # Of a disk that is read whole, holes are no news; of changes, a discard is one.
+    dirty = clusters.data_bytes + (0 if disk.whole else clusters.zero_bytes)
     return (
         f"{name}: {level}; {disk.mechanism}; {consistency}; size {human(disk.size)}, "
         f"dirty {human(dirty)}, read {human(progress.read)}, "
