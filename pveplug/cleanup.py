@@ -56,7 +56,8 @@ async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
     Returns: what was found and removed, for the job log.
 
     Raises:
-        TransportError: QEMU is not there (then there is nothing to clean).
+        VmGoneError: QEMU is not there, so there is nothing to clean.
+        TransportError: it can't be asked now; what is there stays.
         QmpError, IntegrityError: something of ours could not be removed.
     """
     async with qmp_session(qmp_path) as qmp:
@@ -175,11 +176,14 @@ async def _quietly(qmp: Qmp, command: str, arguments: dict[str, Any] | None) -> 
 
 
 def _forget(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+    if path:
+        Path(path).unlink(missing_ok=True)
 
 
 def listens(path: str) -> bool:
     """Whether somebody accepts connections on a unix socket."""
+    if not path:
+        return False
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:

@@ -16,7 +16,7 @@ import os
 import re
 import signal
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,16 +76,42 @@ class PveLocal:
     def __init__(self, node: Node, *, proc: str = "/proc") -> None:
         self.node = node
         self._proc = Path(proc)
+        self._kept: list[int] = []
+
+    @contextlib.contextmanager
+    def keeping(self, fd: int) -> Iterator[None]:
+        """Let the programs run within the block inherit a descriptor.
+
+        It is the lock of a VM (``journal.own_vm``): a program that goes on when we are
+        killed keeps the VM from whoever comes to clean up, until it has ended.
+        """
+        self._kept.append(fd)
+        try:
+            yield
+        finally:
+            self._kept.remove(fd)
 
     # --- locks ---------------------------------------------------------------------
 
-    async def set_lock(self, vmid: int) -> None:
+    async def set_lock(self, vmid: int, proof: Path | None = None) -> None:
         """Set ``lock: backup``; PVE refuses if the VM is locked already.
+
+        Args:
+            proof: a file to make once that is done, also if we are killed meanwhile.
 
         Raises:
             ProgramError: ``Reason.LOCKED`` with the holder's ``lock``, or another.
         """
-        await self._run([self.node.qm, "set", str(vmid), "--lock", "backup"])
+        argv = [self.node.qm, "set", str(vmid), "--lock", "backup"]
+        if proof is None:
+            await self._run(argv)
+            return
+        script = '"$1" set "$2" --lock backup && : >"$3"'
+        wrapped = ["/bin/sh", "-c", script, "sh", self.node.qm, str(vmid), str(proof)]
+        try:
+            await self._run(wrapped)
+        except ProgramError as error:
+            raise ProgramError(argv, error.status, error.stderr) from error
 
     async def unlock(self, vmid: int) -> bool:
         """Remove ``lock: backup`` if that is what the VM carries.
@@ -283,14 +309,14 @@ class PveLocal:
     # --- running programs ----------------------------------------------------------
 
     async def _run(self, argv: list[str], *, timeout_s: float = _QM_S) -> str:
-        return await run(argv, timeout_s=timeout_s)
+        return await run(argv, timeout_s=timeout_s, keep=self._kept)
 
 
-async def run(argv: list[str], *, timeout_s: float) -> str:
+async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) -> str:
     """Run a program to its end and return what it printed.
 
-    It gets no input, the C locale and a session of its own. When it takes too long or
-    the caller is cancelled, its whole process group is killed.
+    It gets no input, the C locale, a session of its own and the descriptors ``keep``.
+    When it takes too long or the caller is cancelled, its whole group is killed.
 
     Raises:
         ProgramError: it can't be started, failed, took too long or printed too much.
@@ -303,6 +329,7 @@ async def run(argv: list[str], *, timeout_s: float) -> str:
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, "LC_ALL": "C", "LANG": "C"},
             start_new_session=True,
+            pass_fds=tuple(keep),
         )
     except OSError as error:
         raise ProgramError(

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
@@ -28,6 +30,23 @@ READ_LIMIT: Final = 64 * 1024 * 1024
 CONNECT_TIMEOUT_S: Final = 30.0
 COMMAND_TIMEOUT_S: Final = 60.0
 HOLD_LIMIT_S: Final = 1.0
+
+
+class VmGoneError(TransportError):
+    """Nobody listens at the monitor, or QEMU went away: the VM doesn't run."""
+
+
+class _Client(QMPClient):
+    """Numbers its commands so that no answer to another client's fits.
+
+    A command whose sender dies in the middle of it is answered to whoever connects
+    next; qemu.qmp counts from zero in every session and would take it for its own.
+    """
+
+    _serial = itertools.count()
+
+    def _get_exec_id(self) -> str:
+        return f"pveplug-{os.getpid()}-{next(self._serial)}"
 
 
 class Qmp:
@@ -58,7 +77,7 @@ class Qmp:
                 f"QEMU gave no answer to {command} in a minute"
             ) from error
         except (QMPError, OSError, EOFError) as error:
-            raise TransportError(f"QEMU went away during {command}") from error
+            raise VmGoneError(f"QEMU went away during {command}") from error
 
     async def transaction(self, actions: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Run the actions as one ``transaction``; all happen or none."""
@@ -73,10 +92,11 @@ async def qmp_session(
     """Connect to the monitor at ``path`` for one burst.
 
     Raises:
-        TransportError: nobody listens (the VM is not running), or somebody else
-            has kept the monitor busy for ``connect_timeout_s`` seconds.
+        VmGoneError: nobody listens: the VM is not running.
+        TransportError: somebody else has kept the monitor busy for
+            ``connect_timeout_s`` seconds.
     """
-    client = QMPClient("pveplug", READ_LIMIT)
+    client = _Client("pveplug", READ_LIMIT)
     client.logger.setLevel(logging.CRITICAL)  # it logs what we translate and raise
     try:
         async with asyncio.timeout(connect_timeout_s):
@@ -89,7 +109,11 @@ async def qmp_session(
         ) from error
     except (ConnectError, QMPError, OSError, EOFError) as error:
         await _leave(client)
-        raise TransportError(
+        if isinstance(_inner(error), QMPError):
+            raise TransportError(
+                f"what answers at {path} does not speak QMP: {_cause(error)}"
+            ) from error
+        raise VmGoneError(
             f"cannot talk to QEMU at {path}: {_cause(error)}; is the VM running?"
         ) from error
     except BaseException:
@@ -107,12 +131,17 @@ async def qmp_session(
 
 
 async def _connect(client: QMPClient, path: str) -> None:
-    """Connect; a full backlog (EAGAIN) is tried again, as PVE does, every 0.1 s."""
+    """Connect; a full backlog (EAGAIN) is tried again, as PVE does, every 0.1 s.
+
+    So is a greeting spoilt by an answer that was meant for somebody else.
+    """
+    spoilt = 0
     while True:
         try:
             await client.connect(path)
         except ConnectError as error:
-            if not isinstance(error.exc, BlockingIOError):
+            spoilt += isinstance(error.exc, QMPError)
+            if spoilt > 3 or not isinstance(error.exc, (BlockingIOError, QMPError)):
                 raise
         else:
             return
@@ -136,6 +165,10 @@ def _version(client: QMPClient) -> tuple[int, int, int]:
     )
 
 
+def _inner(error: BaseException) -> BaseException | None:
+    found: BaseException | None = getattr(error, "exc", None)
+    return found
+
+
 def _cause(error: BaseException) -> str:
-    inner = getattr(error, "exc", None)
-    return str(inner or error)
+    return str(_inner(error) or error)

@@ -9,8 +9,11 @@ sockets and root programs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,16 +25,23 @@ from pveplug.journal import (
     entries_of,
     forget,
     own_vm,
+    proven,
     read_entry,
     write_entry,
 )
+from pveplug.nbd.qemu_nbd import socket_prefix
 from pveplug.node import Node
-from pveplug.pve_local import PveLocal
+from pveplug.proto.pve_refusal import Reason
+from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.qga import GuestAgent
+from pveplug.qmp import VmGoneError
+from pveplug.vmconfig import drives, smbios_uuid
 
 log = logging.getLogger(__name__)
 AGENT_S: Final = 5.0
 OWNER_GONE_S: Final = 25.0
+SETTLE_S: Final = 5.0
+"""How long PVE may take to begin what it was asked for."""
 
 
 async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
@@ -54,7 +64,8 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
             result = action()
             if asyncio.iscoroutine(result):
                 result = await result
-        except (PveplugError, OSError) as error:
+        except Exception as error:  # the other steps are done all the same
+            log.warning("recovery vm=%s %s", entry.vmid, what, exc_info=True)
             failed.append(f"{what}: {error}")
         else:
             if result is not False:
@@ -76,20 +87,28 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
     if not any(text.startswith("freed QEMU") for text in failed):
         for path in entry.files:
             await step(f"removed {path}", lambda path=path: _remove(path))  # type: ignore[misc]
-    if entry.created:
-        await step(
-            f"destroyed the unfinished VM {entry.vmid}",
-            lambda: local.destroy_vm(entry.vmid),
-        )
-    for volid in entry.volumes:
-        await step(f"freed {volid}", lambda volid=volid: _free(local, volid))  # type: ignore[misc]
     for volid in entry.active:
         if not running:
             await step(
                 f"deactivated {volid}",
-                lambda volid=volid: local.deactivate(volid),  # type: ignore[misc]
+                lambda volid=volid: _deactivate(local, volid),  # type: ignore[misc]
             )
-    if entry.locked and not entry.created:
+    if entry.created:
+        await step(
+            f"destroyed the unfinished VM {entry.vmid}", lambda: _destroy(local, entry)
+        )
+    if entry.volumes:
+        used = await _volumes_in_use(local, entry.vmid)
+        for volid in entry.volumes:
+            if volid in used:  # killed just after they had been attached
+                did.append(f"left {volid}, which VM {entry.vmid} uses")
+                continue
+            await step(
+                f"freed {volid}",
+                lambda volid=volid: _free(local, entry, volid),  # type: ignore[misc]
+            )
+    ours = entry.locked or (entry.asking and proven(node.state_dir, entry.vmid))
+    if ours and not entry.created:
         await step("unlocked the VM", lambda: local.unlock(entry.vmid))
     if failed:
         raise JobError(
@@ -97,8 +116,10 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
             vm=str(entry.vmid),
             phase="recovery",
             remedy="mend that and run `podheitor-proxmox-backend --cleanup "
-            f"{entry.job}` or the next backup of the VM.",
+            f"{entry.job}` or the next backup of the VM; or do it by hand and remove "
+            f"{node.state_dir}/vms/{entry.vmid}.json.",
         )
+    _forget_sockets(node, entry.pid)
     if silent:
         left = Entry(entry.vmid, entry.job, entry.kind, frozen=True)
         write_entry(node.state_dir, left)
@@ -128,7 +149,7 @@ async def _thaw(node: Node, vmid: int) -> bool:
 async def _free_qemu(node: Node, entry: Entry) -> bool:
     try:
         return bool(await clean_up(node.qmp_socket(entry.vmid), entry.nbd_socket))
-    except TransportError as error:
+    except VmGoneError as error:
         log.info("vm=%s went away: %s", entry.vmid, error)
         return False
 
@@ -139,11 +160,61 @@ def _remove(path: str) -> bool:
     return there
 
 
-async def _free(local: PveLocal, volid: str) -> bool:
-    if not await local.volume_exists(volid):
+def _forget_sockets(node: Node, pid: int) -> None:
+    """Remove the sockets of a dead process's qemu-nbd, which died with it."""
+    if pid == os.getpid():
+        return  # a failed restore; other VMs of this job may go on
+    for path in Path(node.runtime_dir).glob(f"{socket_prefix(pid)}*"):
+        path.unlink(missing_ok=True)
+
+
+async def _destroy(local: PveLocal, entry: Entry) -> bool:
+    """Destroy the VM that a restore made, and no other that has its id now."""
+    while (config := await _config(local, entry.vmid)) is None:
+        if not await _may_still_come(entry):
+            return False
+    if entry.uuid and smbios_uuid(config) != entry.uuid:
+        log.warning("vm=%s is somebody else's and stays", entry.vmid)
         return False
+    return await local.destroy_vm(entry.vmid)
+
+
+async def _free(local: PveLocal, entry: Entry, volid: str) -> bool:
+    while not await local.volume_exists(volid):
+        if not await _may_still_come(entry):
+            return False
     await local.free_volume(volid)
     return True
+
+
+async def _deactivate(local: PveLocal, volid: str) -> bool:
+    if not await local.volume_exists(volid):
+        return False
+    await local.deactivate(volid)
+    return True
+
+
+async def _may_still_come(entry: Entry) -> bool:
+    """Whether PVE may be at what a job asked for just before it died; wait a little."""
+    age = time.time() - entry.changed
+    if not 0 <= age < SETTLE_S:
+        return False
+    await asyncio.sleep(0.5)
+    return True
+
+
+async def _config(local: PveLocal, vmid: int) -> Mapping[str, str] | None:
+    try:
+        return (await local.config(vmid)).values
+    except ProgramError as error:
+        if error.reason is Reason.VM_MISSING:
+            return None
+        raise
+
+
+async def _volumes_in_use(local: PveLocal, vmid: int) -> set[str]:
+    config = await _config(local, vmid)
+    return {drive.file for drive in drives(config or {})}
 
 
 async def recover_vm(node: Node, local: PveLocal, vmid: int) -> list[str]:
@@ -158,7 +229,11 @@ async def clean_up_job(node: Node, job: str, say: Reporter) -> bool:
     well = True
     for found in list(entries_of(node.state_dir, job)):
         try:
-            async with own_vm(node.state_dir, found.vmid, OWNER_GONE_S):
+            async with (
+                own_vm(node.state_dir, found.vmid, OWNER_GONE_S) as fd,
+                contextlib.AsyncExitStack() as stack,
+            ):
+                stack.enter_context(local.keeping(fd))
                 entry = read_entry(node.state_dir, found.vmid)
                 if entry is None or entry.job != job:
                     continue  # the next job has done it

@@ -36,7 +36,9 @@ from pveplug.pve import PveApi, Resource, Storage
 from pveplug.pve_local import PveLocal
 from pveplug.recovery import recover, recover_vm
 from pveplug.restore_disk import DiskWriter, Limit
+from pveplug.tasks import to_the_end
 from pveplug.vmconfig import drives, smbios_uuid
+from pveplug.vmhold import take_lock
 from pveplug.vmrestore import (
     DiskPlan,
     RestorePlan,
@@ -160,7 +162,7 @@ class VmTarget:
             self._say.warning(text)
         self._goal.volumes = {p.source_key: _Volume(p) for p in self._plan.disks}
         if wanted is not None and wanted in resources:
-            await self._hold(wanted, job, created=False)
+            await self._hold(wanted, job)
             config = await self._api.vm_config(self._here, wanted)
             self._replaced = {
                 d.key: d.file for d in drives(config.values) if not d.is_cdrom
@@ -184,7 +186,7 @@ class VmTarget:
         if resources[wanted].node != self._here:
             raise self._elsewhere(wanted, resources[wanted].node)
         target = await self._target(resources, replaced=wanted)
-        await self._hold(wanted, job, created=False)
+        await self._hold(wanted, job)
         existing = await self._api.vm_config(self._here, wanted)
         plans = plan_single_disks(
             manifest.config,
@@ -273,40 +275,44 @@ class VmTarget:
             remedy=f"restore with restoreclient= the File Daemon of {node}.",
         )
 
-    async def _hold(self, vmid: int, job: str, *, created: bool) -> None:
-        await self._holding.enter_async_context(
+    async def _hold(self, vmid: int, job: str) -> None:
+        fd = await self._holding.enter_async_context(
             own_vm(self._node.state_dir, vmid, LOCK_WAIT_S)
         )
+        self._holding.enter_context(self._local.keeping(fd))
         for line in await recover_vm(self._node, self._local, vmid):
             self._say.warning(
                 f"VM {vmid}: after an earlier job that was killed: {line}"
             )
         self.vmid = vmid
         self._journal = open_journal(self._node.state_dir, vmid, job, "restore")
-        if created:
-            self._journal.note(created=True)
 
     async def _create(
         self, job: str, wanted: int | None, params: Mapping[str, str]
     ) -> None:
         """Create the VM without disks; the id is ours from then on."""
+        identity = smbios_uuid(params)
+        if identity is None:  # PVE would make one up
+            identity = str(uuid.uuid4())
+            params = {**params, "smbios1": f"uuid={identity}"}
         taken: set[int] = set()
         while True:
             vmid = wanted or await self._next_id(taken)
-            await self._hold(vmid, job, created=False)
+            await self._hold(vmid, job)
             extra = {"pool": self._config.pool} if self._config.pool else {}
-            # Somebody else's VM must never be destroyed by our recovery: claim it
-            # only when PVE has confirmed that it did not exist.
+            # Somebody else may take this id in the same moment, and their VM must never
+            # be destroyed by our recovery: that one will have another UUID.
             try:
-                self.journal.note(created=True)
+                self.journal.note(created=True, uuid=identity)
                 for text in await self._api.create_vm(
                     self._here, vmid, {**params, **extra}
                 ):
                     self._say.warning(f"VM {vmid}: {text}")
             except PveRefusalError as error:
+                if error.status or error.reason is Reason.EXISTS:
+                    self.journal.undone(created=False)
                 if error.reason is not Reason.EXISTS:
                     raise
-                self.journal.note(created=False)
                 if wanted is not None or len(taken) > 20:
                     raise
                 self.journal.close()
@@ -324,12 +330,7 @@ class VmTarget:
 
     async def _lock(self) -> None:
         """Keep PVE from starting or changing the VM until it is whole."""
-        self.journal.note(locked=True)
-        try:
-            await self._local.set_lock(self.vmid)
-        except PveplugError:
-            self.journal.note(locked=False)
-            raise
+        await take_lock(self._local, self.journal)
 
     async def adopt(self, manifest: Manifest) -> None:
         """Take over a later job's description, where the newest wasn't known before.
@@ -447,7 +448,7 @@ class VmTarget:
                 self._here, storage.name, self.vmid, name, plan.size, plan.format
             )
         except PveRefusalError as error:
-            if error.reason is Reason.EXISTS:
+            if error.status or error.reason is Reason.EXISTS:
                 self.journal.drop("volumes", expected)
             raise JobError(
                 str(error),
@@ -484,7 +485,7 @@ class VmTarget:
         await self._stop_serving()
         if self.journal.entry.locked:
             await self._local.unlock(self.vmid)
-            self.journal.note(locked=False)
+            self.journal.undone(locked=False)
         params: dict[str, str] = {}
         if self._plan is not None and (self._replaced or self._adopted):
             params.update(self._plan.params)
@@ -497,7 +498,7 @@ class VmTarget:
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
         # From here on the volumes are the VM's; nothing is taken back any more.
-        self.journal.note(volumes=[], created=False, active=[])
+        self.journal.undone(volumes=[], created=False, active=[])
         for volid in self._surplus:
             await self._local.free_volume(volid)
         await self._remove_replaced()
@@ -567,15 +568,21 @@ class VmTarget:
 
     async def aclose(self) -> None:
         """Undo what is unfinished; nothing where ``commit`` went through."""
+        await to_the_end(self._undo())
+
+    async def _undo(self) -> None:
+        """Never raise: what brought us here is what the job log must end with."""
         try:
             await self._serving.aclose()
-        except PveplugError as error:
+        except Exception as error:
             log.warning("restore not served to its end: %s", error)
         journal, self._journal = self._journal, None
         try:
             if journal is not None:
                 for line in await recover(self._node, self._local, journal.entry):
                     self._say.info(f"VM {self.vmid}: undone: {line}")
+        except PveplugError as error:
+            self._say.error(str(error))
         finally:
             await self._holding.aclose()
 

@@ -47,7 +47,7 @@ from pveplug.blockgraph import (
     node_names,
 )
 from pveplug.cleanup import clean_up, query_graph
-from pveplug.errors import ConfigError, IntegrityError, QmpError, TransportError
+from pveplug.errors import ConfigError, IntegrityError, QmpError
 from pveplug.qmp import VmGoneError, qmp_session
 from pveplug.units import CLUSTER
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from pveplug.quiesce import SETTLE_S, Verdict, Wish, frozen, run_hook
 from pveplug.scratch import LocalScratch, StorageScratch
 from pveplug.selection import SelectedDisks, VmSummary, select_disks
 from pveplug.snapshot import Options, PointInTime, SnapshotDisk
+from pveplug.tasks import to_the_end
 from pveplug.vmconfig import (
     Drive,
     current_section_text,
@@ -363,8 +365,16 @@ class _Opener:
             )
 
     async def _close(self, point: PointInTime) -> None:
-        await point.close()
-        self._journal.note(touched=False)
+        failing = sys.exception() is not None
+        try:
+            await to_the_end(point.close())
+        except (PveplugError, OSError) as error:
+            # The journal still says so: the clean-up of a failed job tries again.
+            if not failing:
+                raise
+            self._say.error(f"VM {self._vmid}: {error}")
+        else:
+            self._journal.undone(touched=False)
 
     async def _scratch(self) -> LocalScratch | StorageScratch:
         local = LocalScratch(

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task group that raises what went wrong, not a group of it."""
+"""Tasks: a group that raises what went wrong, and work that is always finished."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
@@ -27,3 +30,22 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run what must not be left half done; a cancellation is delivered after it.
+
+    For short things that give back what was taken, or whose effect would otherwise be
+    unknown. What it raises is worth more than that we were cancelled meanwhile.
+    """
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result

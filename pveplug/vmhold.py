@@ -19,6 +19,7 @@ from pveplug.node import Node
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.recovery import recover_vm
+from pveplug.tasks import to_the_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,11 @@ async def held(
     Raises:
         JobError: somebody else has it: another job of ours, or PVE itself.
     """
-    async with own_vm(node.state_dir, vmid, lock_wait_s):
+    async with (
+        own_vm(node.state_dir, vmid, lock_wait_s) as fd,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        stack.enter_context(local.keeping(fd))
         for line in await recover_vm(node, local, vmid):
             say.warning(f"VM {vmid}: after an earlier job that was cut off: {line}")
         left = read_entry(node.state_dir, vmid)
@@ -64,7 +69,7 @@ async def held(
                     say.warning(f"VM {vmid}: {warning}")
                 yield Held(vmid, journal)
         finally:
-            await _release(local, journal, say)
+            await to_the_end(_release(local, journal, say))
 
 
 async def _lock(
@@ -84,11 +89,9 @@ async def _lock(
                 raise _gone(vmid) from error
             raise
         if not lock:
-            journal.note(locked=True)
             try:
-                await local.set_lock(vmid)
+                await take_lock(local, journal)
             except ProgramError as error:
-                journal.note(locked=False)
                 if error.reason is Reason.VM_MISSING:
                     raise _gone(vmid) from error
                 if error.reason is not Reason.LOCKED:
@@ -99,6 +102,21 @@ async def _lock(
         if asyncio.get_running_loop().time() >= deadline:
             raise _locked(vmid, lock)
         await asyncio.sleep(1.0)
+
+
+async def take_lock(local: PveLocal, journal: Journal) -> None:
+    """Set ``lock: backup`` so that it is known, whatever happens, whether it is ours.
+
+    Raises:
+        ProgramError: it is not set.
+    """
+    journal.note(asking=True)
+    try:
+        await to_the_end(local.set_lock(journal.entry.vmid, journal.proof))
+    finally:
+        if journal.proof.exists():
+            journal.entry.locked = True
+        journal.undone(asking=False)
 
 
 def _gone(vmid: int) -> JobError:
@@ -136,7 +154,7 @@ async def _release(local: PveLocal, journal: Journal, say: Reporter) -> None:
     if entry.locked:
         try:
             await local.unlock(entry.vmid)
-            journal.note(locked=False)
+            journal.undone(locked=False)
         except PveplugError as error:
             say.error(
                 f"VM {entry.vmid}: could not be unlocked: {error}. "

@@ -26,6 +26,11 @@ STDERR_BYTES: Final = 4096
 SUN_PATH: Final = 107
 
 
+def socket_prefix(pid: int) -> str:
+    """Return how the names of a process's sockets begin."""
+    return f"nbd-{pid}-"
+
+
 @contextlib.asynccontextmanager
 async def qemu_nbd(
     node: Node,
@@ -63,7 +68,9 @@ async def qemu_nbd(
         TransportError: it didn't listen in time.
     """
     os.makedirs(socket_dir, mode=0o700, exist_ok=True)
-    socket_path = os.path.join(socket_dir, f"nbd-{secrets.token_hex(4)}.sock")
+    socket_path = os.path.join(
+        socket_dir, f"{socket_prefix(os.getpid())}{secrets.token_hex(4)}.sock"
+    )
     if len(socket_path) > SUN_PATH:
         raise ConfigError(f"socket path {socket_path} is longer than {SUN_PATH} bytes")
     argv = [node.qemu_nbd, "--persistent", f"--shared={shared}"]

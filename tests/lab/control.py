@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import re
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from . import configops, lifecycle
@@ -36,6 +37,8 @@ class Control:
         """Every program call, for tests."""
         self.fail: list[tuple[re.Pattern[str], str, int]] = []
         """(regex on the joined arguments, text, times left): ordered failures."""
+        self.gate: Callable[[str], Awaitable[None]] | None = None
+        """Awaited with the joined arguments before anything is done."""
         self._server: asyncio.Server | None = None
 
     @property
@@ -60,6 +63,8 @@ class Control:
         try:
             argv = json.loads(await reader.readline())
             self.calls.append(argv)
+            if self.gate:
+                await self.gate(" ".join(argv))
             out, err, status = await self._guarded(argv)
             answer = {"out": out, "err": err, "status": status}
             writer.write(json.dumps(answer).encode() + b"\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,8 @@ class Faults:
         self._works: list[_Work] = []
         self.quorum = True
         """False: every write of the cluster file system fails."""
+        self.gate: Callable[[str], Awaitable[None]] | None = None
+        """Awaited with ``METHOD path`` before anything is done."""
 
     def fail_next(
         self, method: str, path_regex: str, status: int, message: str, *, times: int = 1
@@ -92,6 +95,8 @@ class Faults:
     # -- asked by the site
 
     async def before_call(self, method: str, path: str) -> None:
+        if self.gate:
+            await self.gate(f"{method} {path}")
         for call in self._calls:
             if call.hits(method, path):
                 call.times -= 1

@@ -31,11 +31,13 @@ class Session:
     started: float
     lab: bool
     ended: float | None = None
+    waited: float = 0.0
+    """Seconds that an ``Answer`` took, which are not the client's."""
     commands: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        return (self.ended or time.monotonic()) - self.started
+        return (self.ended or time.monotonic()) - self.started - self.waited
 
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
@@ -145,10 +147,13 @@ class Relay:
                 raw = (lead + text[:end] + "\n").encode("latin-1")
                 name = str(command.get("execute", "?"))
                 session.commands.append(name)
+                asked = time.monotonic()
                 try:
                     reply = await self.answer(command) if self.answer else None
                 except Silence:
                     continue
+                finally:
+                    session.waited += time.monotonic() - asked
                 if reply is None:
                     await loop.sock_sendall(server, raw)
                 else:
@@ -224,9 +229,13 @@ async def exchange(
                 await _line(reader)
                 commands = [{"execute": "qmp_capabilities"}, *commands]
             for command in commands:
-                writer.write(json.dumps(command).encode() + b"\n")
-                while "event" in (reply := json.loads(await _line(reader))):
-                    pass
+                # QEMU gives the answer to a command whose sender died to the next
+                # client: by its number we know our own.
+                number = {} if agent else {"id": f"lab-{next(_serial)}"}
+                writer.write(json.dumps({**command, **number}).encode() + b"\n")
+                reply = {"event": ""}
+                while "event" in reply or reply.get("id") != number.get("id"):
+                    reply = json.loads(await _line(reader))
                 if "error" in reply:
                     raise QmpRefused(reply["error"]["desc"])
                 results.append(reply["return"])

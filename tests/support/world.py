@@ -88,8 +88,16 @@ class World:
         try:
             if error is None:
                 await self.site.assert_clean()
+                self.assert_polite()
         finally:
             await self._stop()
+
+    def assert_polite(self) -> None:
+        """Assert that nobody but PVE held a monitor for a second."""
+        for node in self.site.nodes.values():
+            for vmid, machine in node.machines.items():
+                longest = machine.qmp_relay.max_hold_s()
+                assert longest < 1, f"VM {vmid}: monitor held for {longest:.2f} s"
 
     async def _stop(self) -> None:
         try:
