@@ -18,6 +18,8 @@ from pveplug import log as own_log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from pveplug.bacula import BaculaSession
     from pveplug.node import Node
 
@@ -99,8 +101,9 @@ def _serve(fd_in: int, fd_out: int) -> int:
 
     import uvloop
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_session(fd_in, fd_out))
+    # Not closed: that would wait for every thread, and one may hang in a dead mount.
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    return runner.run(_session(fd_in, fd_out))
 
 
 async def _session(fd_in: int, fd_out: int) -> int:
@@ -162,6 +165,27 @@ async def _session(fd_in: int, fd_out: int) -> int:
     return 0
 
 
+async def _while_wanted(
+    session: BaculaSession, work: Coroutine[None, None, None]
+) -> None:
+    """Do the work as long as bacula-fd is there, also where nothing is sent to it.
+
+    Raises:
+        TransportError: it went away; what the work had taken has been given back.
+    """
+    from pveplug.errors import TransportError
+    from pveplug.tasks import first_failure
+
+    async def gone() -> None:
+        await session.closed.wait()
+        raise TransportError("bacula-fd closed the pipe: the job has ended there")
+
+    async with first_failure() as tasks:
+        watcher = tasks.create_task(gone(), name="bacula-fd")
+        await work
+        watcher.cancel()
+
+
 async def _job(session: BaculaSession, node: Node) -> None:
     from pveplug import config
 
@@ -191,7 +215,7 @@ async def _job(session: BaculaSession, node: Node) -> None:
         from pveplug.backup import Backup
 
         await session.accept_start()
-        await Backup(backup, node, session, api, local).run()
+        await _while_wanted(session, Backup(backup, node, session, api, local).run())
     await session.no_more_files()
     # Nothing waits for the verdict: segments need no commit (docs/cbt.md).
     status = await session.job_status()

@@ -32,6 +32,7 @@ from pveplug.nbd.client import UnixAddress
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.node import Node
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
+from pveplug.proto.pve_values import FILE_STORAGES, volume_id
 from pveplug.pve import PveApi, Resource, Storage
 from pveplug.pve_local import PveLocal
 from pveplug.recovery import recover, recover_vm
@@ -54,7 +55,6 @@ log = logging.getLogger(__name__)
 LOCK_WAIT_S: Final = 60.0
 ENOSPC: Final = 28
 """As the NBD protocol numbers it."""
-FILE_STORAGES: Final = frozenset({"dir", "nfs", "cifs", "cephfs", "glusterfs", "btrfs"})
 ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
 """Where a fresh volume reads as zeroes; thick LVM shows what was there before."""
 
@@ -437,11 +437,7 @@ class VmTarget:
         in_files = storage.type in FILE_STORAGES
         if in_files or plan.format == "qcow2":
             name += f".{plan.format}"
-        expected = (
-            f"{storage.name}:{self.vmid}/{name}"
-            if in_files
-            else (f"{storage.name}:{name}")
-        )
+        expected = volume_id(storage, self.vmid, name)
         self.journal.add("volumes", expected)
         try:
             volid = await self._api.allocate_volume(

@@ -9,12 +9,14 @@ watched and the backup is ended in time; with *cbw* QEMU itself ends the backup.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Final, Protocol
 
 from pveplug.errors import CommandError, JobError, PveplugError
 from pveplug.journal import Journal
+from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.snapshot import ScratchFile
 from pveplug.units import GiB, MiB, human
 
@@ -22,16 +24,23 @@ RESERVE: Final = 256 * MiB
 """Least free space below which a fleecing backup is ended: 2 s of a fast disk."""
 WATCH_S: Final = 0.5
 CREATE_TIMEOUT_S: Final = 60.0
+MOST_NAMES: Final = 64
 
 
 class VolumeStore(Protocol):
     """What is needed of a PVE storage."""
 
-    async def allocate(self, name: str, size: int, fmt: str) -> tuple[str, str]:
-        """Allocate a volume; return its id and the path it is reached at."""
+    def volid(self, name: str) -> str:
+        """Return the id that a volume of this name will have."""
+
+    async def allocate(self, name: str, size: int, fmt: str) -> str:
+        """Allocate a volume; return its id."""
+
+    async def path(self, volid: str) -> str:
+        """Return where a volume is reached, after activating it."""
 
     async def free(self, volid: str) -> None:
-        """Free a volume."""
+        """Free a volume, if it is there."""
 
 
 async def _qemu_img_create(qemu_img: str, path: str, size: int) -> None:
@@ -49,7 +58,8 @@ async def _qemu_img_create(qemu_img: str, path: str, size: int) -> None:
         async with asyncio.timeout(CREATE_TIMEOUT_S):
             _, said = await process.communicate()
     except BaseException:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
         raise
     if process.returncode:
@@ -140,18 +150,41 @@ class StorageScratch:
                 )
             return await self._local.create(key, size, backing=True)
         fmt = "qcow2" if self._qcow2 else "raw"
-        name = f"vm-{self._vmid}-fleece-{self._count}" + (
-            ".qcow2" if self._qcow2 else ""
-        )
-        self._count += 1
-        volid, path = await self._store.allocate(name, size, fmt)
-        self._journal.add("volumes", volid)
-        self._made.append(volid)
+        path = await self._store.path(await self._allocate(size, fmt))
         if fmt == "raw":
             driver = "host_device" if path.startswith("/dev/") else "file"
             return ScratchFile(path, "raw", driver)  # type: ignore[arg-type]
         self.watched.add(os.path.dirname(path))
         return ScratchFile(path, "qcow2", "file")
+
+    async def _allocate(self, size: int, fmt: str) -> str:
+        """Allocate under a name that nobody has; it is in the journal before it is."""
+        while True:
+            name = f"vm-{self._vmid}-fleece-{self._count}"
+            self._count += 1
+            expected = self._store.volid(name + (".qcow2" if self._qcow2 else ""))
+            self._journal.add("volumes", expected)
+            self._made.append(expected)
+            try:
+                volid = await self._store.allocate(
+                    expected.rpartition(":")[2].rpartition("/")[2], size, fmt
+                )
+            except PveRefusalError as error:
+                if error.status or error.reason is Reason.EXISTS:
+                    self._forget(expected)
+                # vzdump names its own like this; whose it is can't be told.
+                if error.reason is Reason.EXISTS and self._count < MOST_NAMES:
+                    continue
+                raise
+            if volid != expected:
+                self._journal.add("volumes", volid)
+                self._made.append(volid)
+                self._forget(expected)
+            return volid
+
+    def _forget(self, volid: str) -> None:
+        self._made.remove(volid)
+        self._journal.drop("volumes", volid)
 
     async def remove(self) -> None:
         """Free every image made; what can't be freed is named in one error."""

@@ -31,7 +31,8 @@ from pveplug.journal import Journal
 from pveplug.nbd.client import UnixAddress, connect
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.node import Node
-from pveplug.pve import PveApi, VmStatus
+from pveplug.proto.pve_values import volume_id
+from pveplug.pve import PveApi, Storage, VmStatus
 from pveplug.pve_local import PveLocal
 from pveplug.quiesce import SETTLE_S, Verdict, Wish, frozen, run_hook
 from pveplug.scratch import LocalScratch, StorageScratch
@@ -112,20 +113,26 @@ class _Volumes:
     """Scratch volumes on a PVE storage."""
 
     def __init__(
-        self, api: PveApi, local: PveLocal, node: str, storage: str, vmid: int
+        self, api: PveApi, local: PveLocal, node: str, storage: Storage, vmid: int
     ) -> None:
         self._api, self._local = api, local
         self._node, self._storage, self._vmid = node, storage, vmid
 
-    async def allocate(self, name: str, size: int, fmt: str) -> tuple[str, str]:
-        volid = await self._api.allocate_volume(
-            self._node, self._storage, self._vmid, name, size, fmt
+    def volid(self, name: str) -> str:
+        return volume_id(self._storage, self._vmid, name)
+
+    async def allocate(self, name: str, size: int, fmt: str) -> str:
+        return await self._api.allocate_volume(
+            self._node, self._storage.name, self._vmid, name, size, fmt
         )
+
+    async def path(self, volid: str) -> str:
         await self._local.activate(volid)
-        return volid, await self._local.volume_path(volid)
+        return await self._local.volume_path(volid)
 
     async def free(self, volid: str) -> None:
-        await self._local.free_volume(volid)
+        if await self._local.volume_exists(volid):
+            await self._local.free_volume(volid)
 
 
 @contextlib.asynccontextmanager
@@ -398,7 +405,7 @@ class _Opener:
                 remedy="name another, leave it out, or grant the privilege.",
             )
         return StorageScratch(
-            _Volumes(self._api, self._local, self._here, name, self._vmid),
+            _Volumes(self._api, self._local, self._here, storage, self._vmid),
             self._vmid,
             qcow2="qcow2" in storage.formats,
             local=local,

@@ -45,6 +45,7 @@ DISARMED: Final = 0
 THAWED: Final = 3
 FAILED: Final = 4
 RETRY_S: Final = 60.0
+LATE_S: Final = 2.0
 _START_S: Final = 10.0
 _STEP_S: Final = 5.0
 
@@ -75,7 +76,12 @@ def main(
     if not why:
         return DISARMED
     _log(f"vm={vmid} thawing the guest because {why}")
-    return THAWED if _thaw(vmid, GuestAgent(qga_socket), retry_s) else FAILED
+    agent = GuestAgent(qga_socket)
+    if not _thaw(vmid, agent, retry_s):
+        return FAILED
+    # A freeze that was on its way when its sender died comes after our thaw.
+    time.sleep(LATE_S)
+    return THAWED if _thaw(vmid, agent, retry_s) else FAILED
 
 
 def _wait(fd: int, budget_s: float) -> str:
@@ -242,6 +248,13 @@ class ThawWatchdog:
             if channel is not None:
                 channel.close()
         return self.fired
+
+    def take_over(self) -> None:
+        """Let the process thaw now, and by itself: we can't."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            self.fired = True
+            process.stdin.close()
 
     def _log_fd(self) -> int | None:
         if not self._log_file:

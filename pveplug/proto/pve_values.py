@@ -354,6 +354,17 @@ class Storage:
         return "images" in self.content
 
 
+FILE_STORAGES: Final = frozenset({"dir", "nfs", "cifs", "cephfs", "glusterfs", "btrfs"})
+"""Types whose volumes are files below a directory per VM."""
+
+
+def volume_id(storage: Storage, vmid: int, name: str) -> str:
+    """Return the id that a new volume of this file name will have."""
+    if storage.type in FILE_STORAGES:
+        return f"{storage.name}:{vmid}/{name}"
+    return f"{storage.name}:{name}"
+
+
 def parse_storages(data: Any) -> list[Storage]:
     """Read ``GET /nodes/{node}/storage?format=1``, ordered by name.
 
