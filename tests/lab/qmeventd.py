@@ -14,7 +14,9 @@ import json
 import socket
 import struct
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 
 class Qmeventd:
@@ -50,8 +52,7 @@ class Qmeventd:
         vmid: int | None = None
         registered: int | None = None
         try:
-            while line := await reader.readline():
-                message = json.loads(line)
+            async for message in _messages(reader):
                 if "QMP" in message:
                     vmid = _vmid_of(writer.get_extra_info("socket"))
                     writer.write(b'{"execute":"qmp_capabilities"}\n')
@@ -80,6 +81,21 @@ class Qmeventd:
         writer = self._down.get(vmid)
         if writer and not self.backups[vmid]:
             writer.write(b'{"execute":"quit"}\n')
+
+
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """Objects one after the other; no end of line is needed, as with json-c."""
+    parse = json.JSONDecoder().raw_decode
+    text = ""
+    while data := await reader.read(65536):
+        text = (text + data.decode()).lstrip()
+        while text:
+            try:
+                message, end = parse(text)
+            except ValueError:
+                break  # the rest of it is still to come
+            text = text[end:].lstrip()
+            yield message
 
 
 def _vmid_of(connection: socket.socket) -> int | None:
