@@ -24,6 +24,7 @@ from pveplug.errors import JobError, PveplugError
 from pveplug.events import Reporter
 from pveplug.journal import Journal
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
+from pveplug.tasks import to_the_end
 from pveplug.watchdog import ThawWatchdog
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,9 @@ async def frozen(
             verdict.text = "crash-consistent (no watchdog)"
             yield verdict
             return
-        stack.push_async_callback(_thaw, agent, watchdog, journal, say, verdict)
+        stack.push_async_callback(
+            lambda: to_the_end(_thaw(agent, watchdog, journal, say, verdict))
+        )
         journal.note(frozen=True)
         try:
             async with asyncio.timeout(wish.timeout_s):
@@ -114,7 +117,7 @@ async def frozen(
                 # Neither was the guest frozen, nor would a thaw be let through.
                 stack.pop_all()
                 await watchdog.disarm()
-                journal.note(frozen=False)
+                journal.undone(frozen=False)
             reason = str(error) or f"no answer in {wish.timeout_s:.0f} s"
             verdict.text = f"crash-consistent (freeze failed: {_brief(reason)})"
             say.warning(
@@ -171,9 +174,10 @@ async def _thaw(
             f"VM {journal.entry.vmid}: the thaw got no answer ({error or 'time-out'}); "
             "a watchdog goes on thawing for a minute"
         )
+        watchdog.take_over()
         return
     fired = await watchdog.disarm()
-    journal.note(frozen=False)
+    journal.undone(frozen=False)
     if verdict.frozen and (fired or not thawed):
         # Windows ends a freeze by itself after 10 s; somebody else may have thawed.
         verdict.text = "crash-consistent (the guest thawed before the snapshot)"
