@@ -97,16 +97,11 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
         await step(
             f"destroyed the unfinished VM {entry.vmid}", lambda: _destroy(local, entry)
         )
-    if entry.volumes:
-        used = await _volumes_in_use(local, entry.vmid)
-        for volid in entry.volumes:
-            if volid in used:  # killed just after they had been attached
-                did.append(f"left {volid}, which VM {entry.vmid} uses")
-                continue
-            await step(
-                f"freed {volid}",
-                lambda volid=volid: _free(local, entry, volid),  # type: ignore[misc]
-            )
+    for volid in entry.volumes:
+        await step(
+            f"freed {volid}",
+            lambda volid=volid: _free(local, entry, volid),  # type: ignore[misc]
+        )
     ours = entry.locked or (entry.asking and proven(node.state_dir, entry.vmid))
     if ours and not entry.created:
         await step("unlocked the VM", lambda: local.unlock(entry.vmid))
@@ -180,6 +175,10 @@ async def _destroy(local: PveLocal, entry: Entry) -> bool:
 
 
 async def _free(local: PveLocal, entry: Entry, volid: str) -> bool:
+    if volid in await _volumes_in_use(local, entry.vmid):
+        # Killed just after it had been attached.
+        log.warning("vm=%s uses %s, which stays", entry.vmid, volid)
+        return False
     while not await local.volume_exists(volid):
         if not await _may_still_come(entry):
             return False
