@@ -169,7 +169,6 @@ class Backup:
             disks = await self._scan_all(opened, stack)
             async with first_failure() as tasks:
                 side = [
-                    tasks.create_task(self._gone(), name="bacula-fd"),
                     tasks.create_task(
                         reporting(
                             self._session,
@@ -195,10 +194,6 @@ class Backup:
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
         )
-
-    async def _gone(self) -> None:
-        await self._session.closed.wait()
-        raise TransportError("bacula-fd closed the pipe: the job has ended there")
 
     async def _scan_all(
         self, opened: Opened, stack: contextlib.AsyncExitStack
