@@ -22,6 +22,13 @@ async def modern() -> AsyncIterator[Stage]:
         yield found
 
 
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def older() -> AsyncIterator[Stage]:
+    """The layout of older machine types: a switch of two disks pauses the guest."""
+    async with stage(machine="pc-i440fx-9.2+pve1") as found:
+        yield found
+
+
 async def failed_and_clean(on: Stage, job_id: int, daemon: int) -> None:
     """Assert what holds after every kill."""
     result = await on.ended(job_id)
@@ -61,6 +68,37 @@ async def test_a_backup_killed_after(modern: Stage, moment: str) -> None:
                 assert on.vm.machine.fake_frozen
                 assert entry["frozen"]
             await kill(int(entry["pid"]))
+        await failed_and_clean(on, job_id, daemon)
+    await on.next_is_exact()
+
+
+@pytest.mark.parametrize("command", ["stop", "qom-set", "cont"])
+async def test_a_guest_that_was_paused_for_the_switch_goes_on(
+    older: Stage, command: str
+) -> None:
+    on = older
+    assert not on.vm.modern
+    daemon = on.world.bacula.pid("fd")
+    async with on.writing():
+        with halted_qmp(on.vm, f"^{command} ") as halt:
+            job_id = await on.start("Incremental")
+            await halt.reached()
+            await kill(int(on.journal()["pid"]))
+        await failed_and_clean(on, job_id, daemon)
+        assert (await on.vm.qmp("query-status"))["status"] == "running"
+    await on.next_is_exact()
+
+
+async def test_a_fleecing_backup_killed_in_mid_read(older: Stage) -> None:
+    on = older
+    daemon = on.world.bacula.pid("fd")
+    await on.options("mechanism=fleece bwlimit=2048")
+    async with on.writing():
+        job_id = await on.start("Full")
+        pid = await on.backend()
+        await on.has_moved(pid, 2 << 20)
+        assert any(text.startswith("job ph-fl-") for text in await on.vm.leftovers())
+        await kill(pid)
         await failed_and_clean(on, job_id, daemon)
     await on.next_is_exact()
 
