@@ -33,6 +33,9 @@ TRIM_STEP: Final = 4 * MiB
 """Give scratch space back in pieces of this size: one request per 4 MiB read."""
 TRIM_AHEAD: Final = 4 * MiB
 """Shortest run that will not be read and is given back before reading begins."""
+TRIM_RUNS: Final = 4096
+"""At most about so many of them: each is a request and may cost the scratch image a
+table. 27,000 on a scattered TiB took 15 s; reading the changes took 3."""
 
 
 class FileSink(Protocol):
@@ -103,8 +106,9 @@ async def give_back_unread(client: NbdClient, clusters: ClusterMap) -> None:
 
     A trimmed range can't be read again, and nobody will.
     """
+    shortest = max(TRIM_AHEAD, client.size // TRIM_RUNS)
     for run in clusters.runs():
-        if run.kind is not Kind.DATA and run.length >= TRIM_AHEAD:
+        if run.kind is not Kind.DATA and run.length >= shortest:
             await _trim(client, run.offset, run.length)
 
 
