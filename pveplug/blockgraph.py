@@ -16,6 +16,7 @@ pure functions over the JSON of ``query-block`` and ``query-named-block-nodes``.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -29,6 +30,8 @@ Json = Mapping[str, Any]
 PROTOCOLS: Final = frozenset(
     "file host_device host_cdrom rbd iscsi nbd nfs null-co null-aio ssh https".split()
 )
+# zeroinit: below the format node of a disk that was moved while it ran.
+FILTERS: Final = ("throttle", "copy-before-write", "snapshot-access", "zeroinit")
 FLASH: Final = ("/machine/system.flash1", "/machine/virt.flash1")
 MARKER: Final = PREFIX + "paused"
 
@@ -207,8 +210,8 @@ def below_throttle(graph: Graph, top: str, key: str, volid: str) -> str:
     child = graph.children.get(top)
     if child and not child.startswith(PREFIX):
         return child
-    candidates = image_nodes(graph, str(graph.nodes.get(top, {}).get("file", "")))
-    candidates = [name for name in candidates if name != top]
+    file = str(graph.nodes.get(top, {}).get("file", ""))
+    candidates = [name for name in _images_below(graph, file) if name != top]
     if len(candidates) == 1:
         return candidates[0]
     named = _pve_node(key, volid)
@@ -229,8 +232,41 @@ def image_nodes(graph: Graph, file: str) -> list[str]:
         and file
         and not name.startswith(PREFIX)
         and node["drv"] not in PROTOCOLS
-        and node["drv"] not in ("throttle", "copy-before-write", "snapshot-access")
+        and node["drv"] not in FILTERS
     ]
+
+
+def _images_below(graph: Graph, file: str) -> list[str]:
+    """Return the format nodes that fit the ``file`` of a throttle node.
+
+    QEMU says either the file's plain name, or ``json:`` with all options, where what
+    is below the throttle is the object ``file``.
+    """
+    below = _options(file).get("file")
+    if not isinstance(below, dict):
+        return image_nodes(graph, file)
+    child = below.get("file")
+    plain = child.get("filename", "") if isinstance(child, dict) else ""
+    if found := image_nodes(graph, str(plain)):
+        return found
+    return [
+        name
+        for node in graph.nodes.values()
+        if _options(str(node.get("file", ""))) == below
+        for name in image_nodes(graph, str(node["file"]))
+        if name == node["node-name"]
+    ]
+
+
+def _options(file: str) -> dict[str, Any]:
+    """Return the options in a ``json:`` file name; empty for a plain one."""
+    if not file.startswith("json:"):
+        return {}
+    try:
+        options = json.loads(file.removeprefix("json:"))
+    except ValueError:
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def _pve_node(key: str, volid: str) -> str:
