@@ -14,7 +14,7 @@ import pytest
 
 from pveplug.cbt import Level
 from pveplug.snapshot import Options, PointInTime, ScratchFile, SnapshotDisk
-from tests.support.bare_qemu import BareQemu, make_image
+from tests.support.bare_qemu import BareQemu, DiskImage, make_image
 
 pytestmark = pytest.mark.integration
 SIZE = 24 << 20
@@ -169,3 +169,60 @@ async def test_clean_up_from_names_frees_the_vm_after_any_step(
         await second.close()
         assert vm.ours() == []
         assert vm.command("query-status")["status"] == "running"  # type: ignore[index]
+
+
+async def take(vm: BareQemu, job: str, level: Level) -> SnapshotDisk:
+    """Take a point in time of the one disk and let it go again."""
+    snapshot = point(vm, "auto")
+    try:
+        await snapshot.prepare(unique(job), level, vm.volids)
+        await snapshot.switch()
+        (disk,) = await snapshot.publish()
+    finally:
+        await snapshot.close()
+    assert snapshot.notes == []
+    return disk
+
+
+def segments(vm: BareQemu) -> dict[str, int]:
+    """Return the job number and granularity of each segment there is."""
+    (block,) = vm.command("query-block")  # type: ignore[misc]
+    named = [b for b in block["inserted"].get("dirty-bitmaps", []) if "name" in b]
+    return {b["name"][-11:][:2]: b["granularity"] for b in named}
+
+
+@pytest.mark.parametrize("layout", ["blockdev", "drive"])
+async def test_a_hole_in_the_history_is_cut_off_in_the_switch(
+    base: Path, layout: str
+) -> None:
+    with BareQemu(base, layout, {"scsi0": make_image(base / "a", "raw", SIZE)}) as vm:
+        await take(vm, "01", Level("F"))
+        await take(vm, "02", Level("I", unique("01")))
+        (block,) = vm.command("query-block")  # type: ignore[misc]
+        node = block["inserted"]["node-name"]
+        (name,) = [
+            b["name"] for b in block["inserted"]["dirty-bitmaps"] if b["recording"]
+        ]
+        vm.command("block-dirty-bitmap-disable", node=node, name=name)
+        vm.io("scsi0", "write -P 9 1M 64k")  # nobody has seen it
+        await take(vm, "03", Level("F"))
+        assert len(segments(vm)) == 1
+        # Job 3 was disowned: job 4 must not join what was before the hole to it.
+        disk = await take(vm, "04", Level("D", unique("01")))
+        assert disk.plan is not None
+        assert "is gone" in str(disk.plan.whole)
+        again = await take(vm, "05", Level("I", unique("04")))
+        assert again.plan is not None
+        assert again.plan.whole is None
+
+
+async def test_segments_have_64_kib_whatever_the_images_clusters(base: Path) -> None:
+    path = base / "a.qcow2"
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096"]
+    subprocess.run([*argv, str(path), str(SIZE)], check=True)
+    with BareQemu(base, "blockdev", {"scsi0": DiskImage(path, "qcow2", SIZE)}) as vm:
+        await take(vm, "01", Level("F"))
+        disk = await take(vm, "02", Level("I", unique("01")))
+        assert disk.plan is not None
+        assert disk.plan.whole is None
+        assert set(segments(vm).values()) == {65536}
