@@ -442,7 +442,7 @@ class _Opener:
         self, stack: contextlib.AsyncExitStack, selected: SelectedDisks
     ) -> None:
         """Open the volumes of a VM that doesn't run; PVE's lock keeps it so."""
-        kind = "template" if self._opened.vm.template else "stopped"
+        kind = "a template" if self._opened.vm.template else "stopped"
         self._opened.consistency = f"consistent (the VM is {kind})"
         for drive in selected.chosen:
             self._opened.disks.append(

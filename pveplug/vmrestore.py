@@ -40,6 +40,8 @@ _LATE: Final = frozenset("boot bootdisk onboot protection".split())
 _DROPPED_OPTIONS: Final = frozenset(
     "file format import-from media replicate size snapshot volume".split()
 )
+TPM_STATE_SIZE: Final = 4 << 20
+"""Bytes Proxmox VE gives every TPM state."""
 # Proxmox VE 8 refuses the whole call over one of these; None is the key itself.
 _SINCE_9: Final[dict[str, str | None]] = {
     "allow-ksm": None,
@@ -271,6 +273,8 @@ class _Transform:
         form = drive.format or storage.formats[0]
         if place == "tpmstate0":
             form = "raw"
+            # swtpm cuts a file down to what it needs, and can't lengthen a volume.
+            size = max(size, TPM_STATE_SIZE)
         elif wanted != "keep":
             if wanted not in storage.formats:
                 raise ConfigError(
