@@ -7,6 +7,8 @@ else counts with the disk's size. Nothing is frozen, locked or added.
 
 from __future__ import annotations
 
+import time
+
 from pveplug import cbt
 from pveplug.access import choose_vms
 from pveplug.bacula import BaculaSession, FileInfo
@@ -83,7 +85,7 @@ class Estimate:
             if not disk.is_flash
         }
         level = cbt.Level(job.level, job.prev_job or None, job.since or None)
-        for key, plan in cbt.plan(job.name, level, tracked).items():
+        for key, plan in cbt.plan(job.name, level, tracked, now=time.time()).items():
             if plan.whole:
                 self._session.info(f"VM {vm.vmid} {key}: whole: {plan.whole}")
                 continue
