@@ -110,7 +110,7 @@ class Relay:
         server.setblocking(False)
         try:
             try:
-                server.connect(f"{self.path}.real")
+                await self._connect(server)
             except (FileNotFoundError, ConnectionRefusedError):
                 return
             up = asyncio.create_task(self._up(client, server, session))
@@ -123,6 +123,16 @@ class Relay:
             await asyncio.gather(up, down, return_exceptions=True)
         finally:
             server.close()
+
+    async def _connect(self, server: socket.socket) -> None:
+        """Wait as long as QEMU has not noticed yet that the last client is gone."""
+        while True:
+            try:
+                server.connect(f"{self.path}.real")
+            except BlockingIOError:  # its backlog of one is full
+                await asyncio.sleep(0.01)
+            else:
+                return
 
     async def _up(
         self, client: socket.socket, server: socket.socket, session: Session
