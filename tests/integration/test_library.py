@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,12 @@ def options(site: Site) -> str:
 @pytest.fixture
 async def site():
     base = short_base("pl")
-    async with Site(base / "s") as found:
-        yield found
-        await found.assert_clean()
+    try:
+        async with Site(base / "s") as found:
+            yield found
+            await found.assert_clean()
+    finally:
+        shutil.rmtree(base)
 
 
 @pytest.fixture
