@@ -261,14 +261,36 @@ static bool start(struct job *job, const char *command, enum kind kind)
     return s != NULL && session_start(s, kind);
 }
 
+/* That of the newest job: an older one may hold a credential which is no longer good. */
+static const char *newest_command(const struct job *job, const char *command)
+{
+    uint32_t newest = 0;
+    for (const struct restore_object *o = job->objects; o != NULL; o = o->next)
+        if (o->type != FT_PLUGIN_CONFIG_FILLED && o->command[0] != '\0' && o->job_id > newest) {
+            newest = o->job_id;
+            command = o->command;
+        }
+    return command;
+}
+
+/* One session restores everything.  Bacula calls with the command string of each job, and a
+ * chain is still one chain when the string was edited between its jobs. */
+static struct session *restore_session(const struct job *job)
+{
+    struct session *s = job->sessions;
+    while (s != NULL && s->kind != KIND_RESTORE)
+        s = s->next;
+    return s;
+}
+
 static bool restore_command(struct job *job, const char *command)
 {
-    struct session *s = session_find(job, command);
-    if (s != NULL && s->kind == KIND_RESTORE) {
+    struct session *s = restore_session(job);
+    if (s != NULL) {
         job->current = s;
         return true;
     }
-    return take_restore_turn(job) && start(job, command, KIND_RESTORE);
+    return take_restore_turn(job) && start(job, newest_command(job, command), KIND_RESTORE);
 }
 
 /* The storage daemon has everything; a FATAL message is still heard. */
@@ -467,8 +489,9 @@ static int end_backup_file(struct bacula_ctx *ctx)
 static int start_restore_file(struct bacula_ctx *ctx, const char *command)
 {
     struct job *job = job_of(ctx);
+    (void)command;
     if (job != NULL)
-        job->current = session_find(job, command);
+        job->current = restore_session(job);
     return RC_OK; /* see EV_RESTORE_COMMAND */
 }
 

@@ -135,19 +135,15 @@ static bool send_object(struct session *s, const struct restore_object *object)
     return ok && send_packet(s, 'F', NULL, 0, doing) && expect_ok(s, doing);
 }
 
-/* Ours by command string; what the operator edited (type 28) belongs to every backend. */
+/* All of them: a restore has one session. */
 static bool send_objects(struct session *s)
 {
     for (struct restore_object *o = s->job->objects; o != NULL; o = o->next) {
-        if (o->type != FT_PLUGIN_CONFIG_FILLED && strcmp(o->command, s->command) != 0)
-            continue;
         if (!send_object(s, o))
             return false;
-        if (o->type != FT_PLUGIN_CONFIG_FILLED) {
-            free(o->data); /* no other session wants it */
-            o->data = NULL;
-            o->length = 0;
-        }
+        free(o->data); /* nobody else wants it */
+        o->data = NULL;
+        o->length = 0;
     }
     return COMMAND(s, "receiving restore objects", "OBJECTSEND")
            && expect_end(s, "working out the restore");

@@ -37,6 +37,8 @@ class Stage:
     def __init__(self, world: World) -> None:
         self.world = world
         self.vm = world.site.vm(100)
+        self.lost: list[int] = []
+        """Jobs that are to have failed by the end."""
         self._rng = random.Random(1)
         self._number = 0
 
