@@ -24,6 +24,7 @@ from tests.lab.bacula import JobResult
 from tests.support import truth
 from tests.support.ledger import Ledger
 from tests.support.requires import GUEST, REPOSITORY, requires, requires_file
+from tests.support.story import content
 from tests.support.world import World
 
 pytestmark = [
@@ -75,16 +76,6 @@ async def backed_up(
         assert job.termination == "Backup OK", f"{job.text}\n{world.backend_log}"
         taken.append(Taken(job, earliest, ledger.count))
     return taken
-
-
-async def content(path: Path, fmt: str) -> bytes:
-    """Return what qemu-img finds in an image."""
-    flat = path.with_name(path.name + ".flat")
-    try:
-        await asyncio.to_thread(truth.convert, path, fmt, flat)
-        return flat.read_bytes()
-    finally:
-        flat.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(("layout", "mechanism"), VMIDS)
