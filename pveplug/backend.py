@@ -121,25 +121,26 @@ async def _session(fd_in: int, fd_out: int) -> int:
     node = load_node()
     warning = own_log.setup_backend(node.log_file)
     session = await open_session(fd_in, fd_out)
-    task = asyncio.current_task()
     loop = asyncio.get_running_loop()
     cancelled = False
 
-    def cancel() -> None:
-        nonlocal cancelled
-        if task is not None and not cancelled:
-            # Once: a second signal must not interrupt the way out.
-            cancelled = True
-            task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        loop.add_signal_handler(number, cancel)
     async with session:
         with own_log.context(job=session.job.name):
+            if warning:
+                session.warning(warning)
+            job = loop.create_task(_job(session, node), name="job")
+
+            def cancel() -> None:
+                nonlocal cancelled
+                if not cancelled:
+                    # Once, and only the job: nothing may interrupt the way out.
+                    cancelled = True
+                    job.cancel()
+
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                loop.add_signal_handler(number, cancel)
             try:
-                if warning:
-                    session.warning(warning)
-                await _job(session, node)
+                await job
             except asyncio.CancelledError:
                 log.warning("job cancelled")
                 return EX_FAILED
