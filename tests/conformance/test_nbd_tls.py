@@ -26,6 +26,21 @@ pytestmark = pytest.mark.integration
 MiB = 1024 * 1024
 
 
+def usage(ca):
+    """What a CA's key, or another's, may be used for."""
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
 def certificate(folder, stem, name, issuer=None, *, ca=False):
     """Write ``stem-cert.pem`` and ``stem-key.pem``; return them for signing others."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -45,6 +60,17 @@ def certificate(folder, stem, name, issuer=None, *, ca=False):
         .not_valid_after(now + datetime.timedelta(hours=1))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        # Python 3.13 verifies strictly: RFC 5280 wants these three.
+        .add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+        )
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(
+                (issuer[1] if issuer else key).public_key()
+            ),
+            critical=False,
+        )
+        .add_extension(usage(ca), critical=True)
     )
     made = builder.sign(issuer[1] if issuer else key, hashes.SHA256())
     pem = serialization.Encoding.PEM
