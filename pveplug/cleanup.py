@@ -25,7 +25,7 @@ from pveplug.blockgraph import (
 )
 from pveplug.cbt import PREFIX
 from pveplug.errors import IntegrityError, QmpError
-from pveplug.qmp import Qmp, qmp_session
+from pveplug.qmp import Qmp, VmGoneError, qmp_session
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,15 @@ async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
         TransportError: it can't be asked now; what is there stays.
         QmpError, IntegrityError: something of ours could not be removed.
     """
+    try:
+        return await _clean_up(qmp_path, nbd_socket)
+    except VmGoneError:
+        if not listens(nbd_socket):
+            _forget(nbd_socket)  # QEMU was killed and could not remove it
+        raise
+
+
+async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
     async with qmp_session(qmp_path) as qmp:
         graph = await query_graph(qmp)
         found = graph.ours
@@ -76,9 +85,6 @@ async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
             await _quietly(qmp, "nbd-server-stop", None)
             found.append("NBD server")
         await _remove_nodes(qmp, graph)
-    _forget(nbd_socket)
-    if found:
-        log.info("cleaned socket=%s found=%s", qmp_path, ",".join(found))
     return found
 
 

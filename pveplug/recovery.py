@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from pveplug.cleanup import clean_up
+from pveplug.cleanup import clean_up, listens
 from pveplug.errors import JobError, PveplugError, TransportError
 from pveplug.events import Reporter
 from pveplug.journal import (
@@ -84,6 +84,8 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
             )
     if running and entry.touched:
         await step("freed QEMU of the backup's nodes", lambda: _free_qemu(node, entry))
+    elif entry.nbd_socket and not listens(entry.nbd_socket):
+        _remove(entry.nbd_socket)  # QEMU was killed and could not
     if not any(text.startswith("freed QEMU") for text in failed):
         for path in entry.files:
             await step(f"removed {path}", lambda path=path: _remove(path))  # type: ignore[misc]
@@ -114,7 +116,7 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
             f"{entry.job}` or the next backup of the VM; or do it by hand and remove "
             f"{node.state_dir}/vms/{entry.vmid}.json.",
         )
-    _forget_sockets(node, entry.pid)
+    _forget_sockets(node, entry, running)
     if silent:
         left = Entry(entry.vmid, entry.job, entry.kind, frozen=True)
         write_entry(node.state_dir, left)
@@ -155,11 +157,13 @@ def _remove(path: str) -> bool:
     return there
 
 
-def _forget_sockets(node: Node, pid: int) -> None:
-    """Remove the sockets of a dead process's qemu-nbd, which died with it."""
-    if pid == os.getpid():
+def _forget_sockets(node: Node, entry: Entry, running: bool) -> None:
+    """Remove the sockets of a dead QEMU, and of a dead job's qemu-nbd."""
+    if entry.nbd_socket and not running:
+        Path(entry.nbd_socket).unlink(missing_ok=True)
+    if entry.pid == os.getpid():
         return  # a failed restore; other VMs of this job may go on
-    for path in Path(node.runtime_dir).glob(f"{socket_prefix(pid)}*"):
+    for path in Path(node.runtime_dir).glob(f"{socket_prefix(entry.pid)}*"):
         path.unlink(missing_ok=True)
 
 

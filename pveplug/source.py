@@ -373,15 +373,19 @@ class _Opener:
 
     async def _close(self, point: PointInTime) -> None:
         failing = sys.exception() is not None
+
+        async def close() -> None:
+            await point.close()
+            # In here: a cancellation while it closes comes only after this.
+            self._journal.undone(touched=False)
+
         try:
-            await to_the_end(point.close())
+            await to_the_end(close())
         except (PveplugError, OSError) as error:
             # The journal still says so: the clean-up of a failed job tries again.
             if not failing:
                 raise
             self._say.error(f"VM {self._vmid}: {error}")
-        else:
-            self._journal.undone(touched=False)
 
     async def _scratch(self) -> LocalScratch | StorageScratch:
         local = LocalScratch(
