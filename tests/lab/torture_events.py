@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pveplug.errors import PveplugError
+from tests.lab.errors import ApiError
 from tests.lab.relay import QmpRefused
 from tests.lab.torture_plan import MAIN, OTHER, Instant
 from tests.support import truth
@@ -28,8 +29,12 @@ BOUND_S = 30.0
 class Clock:
     """Waits for an instant in the life of a job."""
 
-    def __init__(self, torture: Torture, instant: Instant, hold: bool) -> None:
+    def __init__(
+        self, torture: Torture, instant: Instant, *, hold: bool, reading: bool
+    ) -> None:
         self._torture, self._instant = torture, instant
+        self._reading = reading
+        """The instant is one while the exports are there."""
         self._reached = asyncio.Event()
         self._released = asyncio.Event()
         self._count = 0
@@ -45,7 +50,11 @@ class Clock:
             if str(command.get("id", "")).startswith("lab-"):
                 return
             self._count += 1
-            if self._count == self._instant.command:
+            if self._reading:
+                due = command["execute"] == "block-export-add"
+            else:
+                due = self._count == self._instant.command
+            if due:
                 self._reached.set()
                 if self._hold:
                     await self._released.wait()
@@ -58,7 +67,10 @@ class Clock:
             relay.answer = None
 
     async def reached(self) -> None:
-        if self._instant.command is None:
+        if self._reading:
+            await self._reached.wait()
+            await asyncio.sleep(self._instant.after_s / 2)
+        elif self._instant.command is None:
             await until(self._torture.backend_pids, "a backend", BOUND_S)
             await asyncio.sleep(self._instant.after_s)
         else:
@@ -127,7 +139,7 @@ class Events:
         key = rng.choice(t.keys)
         volid = t.vm.conf.values[key].split(",")[0]
         target = "local2" if volid.startswith("local:") else "local"
-        fmt = rng.choice(("raw", "qcow2"))
+        fmt = rng.choice(("raw", "qcow2", "qcow2"))
         # The guest goes on writing while its disk is mirrored.
         await t.api("POST", "move_disk", disk=key, storage=target, format=fmt, delete=1)
         # Only the throttle node of the -blockdev layout outlives its image.
@@ -240,6 +252,33 @@ class Events:
         await asyncio.to_thread(bacula.start_daemon, "sd")
         return "killed the Storage Daemon, started it again"
 
+    async def during_kill_fd(self, rng: random.Random) -> str:
+        """The backend lives on, without anybody to talk to."""
+        bacula = self._t.bacula
+        await asyncio.to_thread(bacula.kill, "fd")
+        await asyncio.sleep(rng.uniform(0, 1))
+        await asyncio.to_thread(bacula.start_daemon, "fd")
+        await self._give_up()
+        return "killed the File Daemon, started it again"
+
+    async def during_power_cut(self, rng: random.Random) -> str:
+        """All at once; what is left is the next job's to find."""
+        t = self._t
+        t.vm_died = t.left_behind = True
+        pids = t.backend_pids()
+        await asyncio.to_thread(t.bacula.kill, "fd")
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await t.vm.kill()
+        await asyncio.to_thread(t.bacula.start_daemon, "fd")
+        await self._give_up()
+        return f"killed QEMU, the File Daemon and backend {pids} at once"
+
+    async def _give_up(self) -> None:
+        """Spare us the minute that the Director waits for the Storage Daemon."""
+        await asyncio.to_thread(self._t.bacula.cancel, self._t.running_job)
+
     async def during_cut_nbd(self, rng: random.Random) -> str:
         vm = self._t.vm
         exports = await vm.qmp("query-block-exports")
@@ -311,4 +350,5 @@ class SmallScratch:
         self.folder.rmdir()
 
 
-REFUSED = (QmpRefused, PveplugError, TimeoutError, ConnectionError)
+REFUSED = (QmpRefused, PveplugError, ApiError, TimeoutError, ConnectionError)
+"""What an event may meet that comes too early or too late."""

@@ -23,7 +23,7 @@ BEFORE = (
 
 DURING = (
     "kill backend", "kill backend", "cancel", "kill sd", "cut nbd", "full scratch",
-    "kill qemu", "reboot", "power off", "grow", "other job",
+    "kill qemu", "reboot", "power off", "grow", "other job", "kill fd", "power cut",
 )  # fmt: skip
 """While a job runs, at a random instant of it."""
 
