@@ -85,6 +85,9 @@ async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
             await _quietly(qmp, "nbd-server-stop", None)
             found.append("NBD server")
         await _remove_nodes(qmp, graph)
+    _forget(nbd_socket)
+    if found:
+        log.info("cleaned socket=%s found=%s", qmp_path, ",".join(found))
     return found
 
 

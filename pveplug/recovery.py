@@ -116,7 +116,7 @@ async def recover(node: Node, local: PveLocal, entry: Entry) -> list[str]:
             f"{entry.job}` or the next backup of the VM; or do it by hand and remove "
             f"{node.state_dir}/vms/{entry.vmid}.json.",
         )
-    _forget_sockets(node, entry, running)
+    _forget_sockets(node, entry.pid)
     if silent:
         left = Entry(entry.vmid, entry.job, entry.kind, frozen=True)
         write_entry(node.state_dir, left)
@@ -157,13 +157,11 @@ def _remove(path: str) -> bool:
     return there
 
 
-def _forget_sockets(node: Node, entry: Entry, running: bool) -> None:
-    """Remove the sockets of a dead QEMU, and of a dead job's qemu-nbd."""
-    if entry.nbd_socket and not running:
-        Path(entry.nbd_socket).unlink(missing_ok=True)
-    if entry.pid == os.getpid():
+def _forget_sockets(node: Node, pid: int) -> None:
+    """Remove the sockets of a dead process's qemu-nbd, which died with it."""
+    if pid == os.getpid():
         return  # a failed restore; other VMs of this job may go on
-    for path in Path(node.runtime_dir).glob(f"{socket_prefix(entry.pid)}*"):
+    for path in Path(node.runtime_dir).glob(f"{socket_prefix(pid)}*"):
         path.unlink(missing_ok=True)
 
 
