@@ -92,6 +92,38 @@ async def test_a_vm_without_config_here_is_told_apart(programs):
     assert caught.value.reason is Reason.VM_MISSING
 
 
+async def test_a_lock_set_after_our_death_is_still_proven_to_be_ours(
+    programs, tmp_path
+):
+    programs.runs(
+        "qm-set",
+        f": >{tmp_path}/begun; until [ -e {tmp_path}/go ]; do sleep 0.05; done; "
+        f"echo update VM 100; echo a warning >&2; : >{tmp_path}/set",
+    )
+    backend = f"""
+import asyncio, pathlib
+from pveplug.node import Node
+from pveplug.pve_local import PveLocal
+local = PveLocal(Node(qm={programs.node.qm!r}))
+asyncio.run(local.set_lock(100, pathlib.Path({str(tmp_path / "held")!r})))
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", backend)
+    await appears(tmp_path / "begun")
+    process.kill()
+    await process.wait()
+    (tmp_path / "go").touch()
+    await appears(tmp_path / "held")
+    assert (tmp_path / "set").exists()
+
+
+async def appears(path: Path) -> None:
+    for _ in range(400):
+        if path.exists():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"no {path}")
+
+
 async def test_only_a_backup_lock_is_removed(programs):
     programs.says("qm-config", "cores: 2\nlock: backup\n")
     assert await programs.local.unlock(100) is True
