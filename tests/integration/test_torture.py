@@ -54,10 +54,11 @@ async def torture(*options: str, limit_s: float = 420) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("seed", "layout", "mechanism"),
     [
-        (1, "blockdev", "cbw"),
-        (2, "blockdev", "fleece"),
-        (2, "drive", "cbw"),
-        (1, "drive", "fleece"),
+        # Together the two seeds deal all events but one in 12 rounds.
+        (2456, "blockdev", "cbw"),
+        (2556, "blockdev", "fleece"),
+        (2556, "drive", "cbw"),
+        (2456, "drive", "fleece"),
     ],
 )
 async def test_no_block_is_lost_whatever_happens(

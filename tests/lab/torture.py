@@ -199,22 +199,22 @@ class Torture:
                 await self._define(now.job, f"scratch_dir={small.folder}")
             self.left_behind = False
             await self._back_up(now, rng)
+            if now.during == "power off" and self.vm_died:
+                await self.vm.wait_gone()
             if not self.left_behind:
                 await self._stage.clean()
         if now.during == "full scratch":
             await self._define(now.job)
         if self.vm_died:
-            await self._come_back(now.during == "power off")
+            await self._come_back()
         self.writer.check()
         await self.events.foreign_left()
         self._look_for_crashes()
         if self.checker.waiting >= CHECK_EVERY:
             await self.checker.check_all()
 
-    async def _come_back(self, by_itself: bool) -> None:
+    async def _come_back(self) -> None:
         """Start the VM that died during the job."""
-        if by_itself:
-            await self.vm.wait_gone()
         assert not self.vm.running
         self.events.gone("died")
         # PVE's lock outlives a power cut; an administrator would look and skip it.

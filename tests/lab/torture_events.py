@@ -258,7 +258,6 @@ class Events:
         await asyncio.to_thread(bacula.kill, "fd")
         await asyncio.sleep(rng.uniform(0, 1))
         await asyncio.to_thread(bacula.start_daemon, "fd")
-        await self._give_up()
         return "killed the File Daemon, started it again"
 
     async def during_power_cut(self, rng: random.Random) -> str:
@@ -272,12 +271,7 @@ class Events:
                 os.kill(pid, signal.SIGKILL)
         await t.vm.kill()
         await asyncio.to_thread(t.bacula.start_daemon, "fd")
-        await self._give_up()
         return f"killed QEMU, the File Daemon and backend {pids} at once"
-
-    async def _give_up(self) -> None:
-        """Spare us the minute that the Director waits for the Storage Daemon."""
-        await asyncio.to_thread(self._t.bacula.cancel, self._t.running_job)
 
     async def during_cut_nbd(self, rng: random.Random) -> str:
         vm = self._t.vm

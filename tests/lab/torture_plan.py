@@ -84,11 +84,11 @@ def rounds(seed: int, count: int) -> Iterator[Round]:
         command = rng.randint(1, 60) if rng.random() < 0.5 else None
         yield Round(
             number=number,
-            job=OTHER if not first and rng.random() < 0.2 else MAIN,
+            job=OTHER if not first and rng.random() < 0.15 else MAIN,
             level="Full" if first else level,
             still=rng.random() < 0.65,
             before=() if first else tuple(before.deal() for _ in range(amount)),
-            during=during.deal() if not first and rng.random() < 0.5 else None,
+            during=during.deal() if not first and rng.random() < 0.42 else None,
             instant=Instant(command, rng.uniform(0.2, 2.5)),
             seed=f"{seed}/{number}",
         )
