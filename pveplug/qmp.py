@@ -171,4 +171,5 @@ def _inner(error: BaseException) -> BaseException | None:
 
 
 def _cause(error: BaseException) -> str:
-    return str(_inner(error) or error)
+    # An end of file has no text of its own.
+    return str(_inner(error) or error) or "it closed the connection"

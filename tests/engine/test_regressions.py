@@ -15,7 +15,7 @@ from pveplug.cleanup import clean_up
 from pveplug.journal import open_journal, read_entry
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
-from pveplug.qmp import VmGoneError
+from pveplug.qmp import VmGoneError, qmp_session
 from pveplug.recovery import recover
 from pveplug.snapshot import PointInTime
 from pveplug.source import _Opener
@@ -69,3 +69,15 @@ async def test_a_file_daemon_killed_in_the_clean_up_leaves_no_journal(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not journal.entry.touched
+
+
+async def test_a_qemu_killed_at_the_greeting_is_told_in_words(tmp_path: Path) -> None:
+    path = str(tmp_path / "100.qmp")
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_unix_server(hang_up, path):
+        with pytest.raises(VmGoneError, match="it closed the connection"):
+            async with qmp_session(path):
+                pass
