@@ -304,7 +304,7 @@ async def test_a_restore_whose_disks_cannot_be_attached(shared: Stage) -> None:
 async def test_a_restore_that_is_cancelled_in_mid_write(shared: Stage) -> None:
     on = shared
     job_id = await on.start_restore(",restore_bwlimit=4096")
-    await on.has_moved(await on.backend(200), 2 << 20)
+    await on.has_moved(await on.backend(200), 4 << 20, field="rchar")
     await asyncio.to_thread(on.world.bacula.cancel, job_id)
     assert (await on.ended(job_id)).status == "A"
     await on.clean()

@@ -30,12 +30,12 @@ async def older() -> AsyncIterator[Stage]:
 
 
 async def failed_and_clean(on: Stage, job_id: int, daemon: int) -> None:
-    """Assert what holds after every kill."""
+    """Assert what holds after every kill, and the time from the kill on."""
+    await on.clean()
     result = await on.ended(job_id)
     assert result.status == "f", result.text
     assert on.world.bacula.pid("fd") == daemon
     assert on.world.bacula.alive("fd")
-    await on.clean()
 
 
 AFTER = {
@@ -182,7 +182,7 @@ async def test_a_restore_killed_in_mid_write(modern: Stage) -> None:
     async with on.writing():
         job_id = await on.start_restore(",restore_bwlimit=4096")
         pid = await on.backend(200)
-        await on.has_moved(pid, 2 << 20)
+        await on.has_moved(pid, 4 << 20, field="rchar")
         await kill(pid)
         await failed_and_clean(on, job_id, daemon)
     await on.next_is_exact()

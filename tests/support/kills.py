@@ -77,15 +77,18 @@ class Stage:
         await until(lambda: self.journal(vmid).get("pid"), "a journal")
         return int(self.journal(vmid)["pid"])
 
-    async def has_moved(self, pid: int, size: int) -> None:
-        """Wait until a process has written ``size`` bytes to wherever."""
+    async def has_moved(self, pid: int, size: int, *, field: str = "wchar") -> None:
+        """Wait until a process has written ``size`` bytes to files and pipes.
 
-        def written() -> int:
+        With ``field="rchar"`` it has read them: what it sends to a socket isn't told.
+        """
+
+        def moved() -> int:
             text = Path(f"/proc/{pid}/io").read_text()
-            return int(text.split("wchar: ")[1].split()[0])
+            return int(text.split(f"{field}: ")[1].split()[0])
 
-        start = written()
-        await until(lambda: written() - start > size, "its progress")
+        start = moved()
+        await until(lambda: moved() - start > size, "its progress")
 
     # --- the guest -------------------------------------------------------------------
 
