@@ -76,6 +76,7 @@ class Torture:
         self._log_at = 0
         self._truths: dict[str, Truth] = {}
         self._base: Truth
+        self._after: Truth | None = None
         self._other: tuple[str, int, Expected] | None = None
 
     def say(self, text: str) -> None:
@@ -248,6 +249,10 @@ class Torture:
                     other = await self._ended(self._other[1])
         if alive and not self.vm.running and not self.vm_died:
             raise WrongJobError("QEMU is gone")
+        self._after = None
+        if not self.vm.running:
+            # What QEMU had not written down when it was killed nobody can back up.
+            self._after = Truth(await self._copies.take(), exact=True)
         self._base.log = self.writer.log[start:]
         self._base.grown = self.grew
         used = [self._finish(now, now.job, result, expected)]
@@ -256,6 +261,8 @@ class Torture:
             used.append(self._finish(now, name, other, wanted))
         if not any(used):
             self._base.forget()
+        if self._after:
+            self._after.forget()
 
     async def _strike(
         self, now: Round, clock: Clock, job: asyncio.Task[JobResult], rng: random.Random
@@ -309,7 +316,9 @@ class Torture:
             expected = Expected(expected.level, expected.parent, expected.epochs, False)
         said = "; ".join(self.tracking.judge(job, result, expected))
         known = self._base
-        if exact:
+        if stopped and self._after:
+            known, self._after = self._after, None
+        elif exact:
             exact.grown = self.grew
             known = exact
         how = "still" if exact else "moving"
