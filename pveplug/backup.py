@@ -166,25 +166,20 @@ class Backup:
 
     async def _send_vm(self, opened: Opened, level: Level) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            disks = await self._scan_all(opened, stack)
             async with first_failure() as tasks:
-                side = [
-                    tasks.create_task(
-                        reporting(
-                            self._session,
-                            f"VM {opened.vm.vmid}",
-                            [(disk.source.key, disk.stream.progress) for disk in disks],
-                            self._config.capture.progress_interval,
-                        ),
-                        name="progress",
-                    ),
-                ]
+                side = []
                 if opened.watched:
-                    side.append(
-                        tasks.create_task(
-                            watch(opened.vm.vmid, opened.watched), name="scratch"
-                        )
-                    )
+                    # From the first moment: the guest's writes depend on it.
+                    watching = watch(opened.vm.vmid, opened.watched)
+                    side.append(tasks.create_task(watching, name="scratch"))
+                disks = await self._scan_all(opened, stack)
+                progress = reporting(
+                    self._session,
+                    f"VM {opened.vm.vmid}",
+                    [(disk.source.key, disk.stream.progress) for disk in disks],
+                    self._config.capture.progress_interval,
+                )
+                side.append(tasks.create_task(progress, name="progress"))
                 await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
