@@ -24,11 +24,13 @@ from pveplug.blockgraph import (
     throttle_options,
 )
 from pveplug.cbt import PREFIX
-from pveplug.errors import IntegrityError, QmpError
+from pveplug.errors import IntegrityError, QmpError, TransportError
 from pveplug.qmp import Qmp, VmGoneError, qmp_session
 
 log = logging.getLogger(__name__)
 
+BROKEN_S: Final = 5.0
+"""How long a clean-up that lost its connection is begun anew."""
 DRAIN_TIMEOUT_S: Final = 25.0
 """How long exports and jobs may take to end; a reader that hangs is cut off hard."""
 
@@ -60,12 +62,21 @@ async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
         TransportError: it can't be asked now; what is there stays.
         QmpError, IntegrityError: something of ours could not be removed.
     """
-    try:
-        return await _clean_up(qmp_path, nbd_socket)
-    except VmGoneError:
-        if not listens(nbd_socket):
-            _forget(nbd_socket)  # QEMU was killed and could not remove it
-        raise
+    again_until = asyncio.get_running_loop().time() + BROKEN_S
+    while True:
+        try:
+            return await _clean_up(qmp_path, nbd_socket)
+        except VmGoneError:
+            if not listens(nbd_socket):
+                _forget(nbd_socket)  # QEMU was killed and could not remove it
+            raise
+        except TransportError as error:
+            # A broken connection proves nothing: either nobody listens next time, or
+            # QEMU lives and still has what is ours.
+            if asyncio.get_running_loop().time() > again_until:
+                raise
+            log.info("clean-up socket=%s again after: %s", qmp_path, error)
+            await asyncio.sleep(0.5)
 
 
 async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:

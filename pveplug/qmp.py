@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import logging
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
@@ -30,10 +31,16 @@ READ_LIMIT: Final = 64 * 1024 * 1024
 CONNECT_TIMEOUT_S: Final = 30.0
 COMMAND_TIMEOUT_S: Final = 60.0
 HOLD_LIMIT_S: Final = 1.0
+SPOILT_GREETINGS: Final = 20
+"""Tries of 0.1 s: longer than QEMU needs to close its socket when it dies."""
 
 
 class VmGoneError(TransportError):
-    """Nobody listens at the monitor, or QEMU went away: the VM doesn't run."""
+    """Nobody listens at the monitor: the VM doesn't run.
+
+    Only this is a proof. A connection that breaks is not: QEMU may be alive, with our
+    nodes in it, and whoever deletes their scratch images then is wrong.
+    """
 
 
 class _Client(QMPClient):
@@ -77,7 +84,7 @@ class Qmp:
                 f"QEMU gave no answer to {command} in a minute"
             ) from error
         except (QMPError, OSError, EOFError) as error:
-            raise VmGoneError(f"QEMU went away during {command}") from error
+            raise TransportError(f"QEMU hung up during {command}") from error
 
     async def transaction(self, actions: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Run the actions as one ``transaction``; all happen or none."""
@@ -109,12 +116,8 @@ async def qmp_session(
         ) from error
     except (ConnectError, QMPError, OSError, EOFError) as error:
         await _leave(client)
-        if isinstance(_inner(error), QMPError):
-            raise TransportError(
-                f"what answers at {path} does not speak QMP: {_cause(error)}"
-            ) from error
-        raise VmGoneError(
-            f"cannot talk to QEMU at {path}: {_cause(error)}; is the VM running?"
+        raise TransportError(
+            f"what answers at {path} does not speak QMP: {_cause(error)}"
         ) from error
     except BaseException:
         await _leave(client)
@@ -133,19 +136,55 @@ async def qmp_session(
 async def _connect(client: QMPClient, path: str) -> None:
     """Connect; a full backlog (EAGAIN) is tried again, as PVE does, every 0.1 s.
 
-    So is a greeting spoilt by an answer that was meant for somebody else.
+    So is a greeting that was spoilt by an answer meant for somebody else, and a
+    connection that broke before its greeting.
+
+    Raises:
+        VmGoneError: nobody listens.
     """
     spoilt = 0
     while True:
+        channel = _open(path)
         try:
-            await client.connect(path)
+            if channel is not None:
+                await client.connect(channel)
+                return
         except ConnectError as error:
-            spoilt += isinstance(error.exc, QMPError)
-            if spoilt > 3 or not isinstance(error.exc, (BlockingIOError, QMPError)):
+            if channel is not None:
+                channel.close()
+            spoilt += 1
+            if spoilt > SPOILT_GREETINGS:
                 raise
-        else:
-            return
+            log.info("qmp path=%s connect=%s", path, _cause(error))
         await asyncio.sleep(0.1)
+
+
+def _open(path: str) -> socket.socket | None:
+    """Return a socket connected to the monitor, or None where its backlog is full.
+
+    Connected here and not by asyncio: that takes EAGAIN of a unix socket for "under
+    way", and the first read then fails with EINVAL as if the peer were broken.
+
+    Raises:
+        VmGoneError: nobody listens.
+        OSError: anything else.
+    """
+    channel = socket.socket(socket.AF_UNIX)
+    try:
+        channel.setblocking(False)
+        channel.connect(path)
+    except BlockingIOError:
+        channel.close()
+        return None
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        channel.close()
+        raise VmGoneError(
+            f"cannot talk to QEMU at {path}: {error.strerror}; is the VM running?"
+        ) from error
+    except BaseException:
+        channel.close()
+        raise
+    return channel
 
 
 async def _leave(client: QMPClient) -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from pveplug.cleanup import clean_up
+from pveplug.errors import TransportError
 from pveplug.journal import open_journal, read_entry
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
@@ -71,13 +74,75 @@ async def test_a_file_daemon_killed_in_the_clean_up_leaves_no_journal(
     assert not journal.entry.touched
 
 
-async def test_a_qemu_killed_at_the_greeting_is_told_in_words(tmp_path: Path) -> None:
+async def test_a_broken_greeting_is_told_in_words_and_proves_nothing(
+    tmp_path: Path,
+) -> None:
     path = str(tmp_path / "100.qmp")
 
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
     async with await asyncio.start_unix_server(hang_up, path):
-        with pytest.raises(VmGoneError, match="it closed the connection"):
+        with pytest.raises(TransportError, match="it closed the connection") as caught:
             async with qmp_session(path):
                 pass
+    assert not isinstance(caught.value, VmGoneError)
+
+
+async def test_a_full_backlog_is_waited_for_and_is_no_dead_qemu(tmp_path: Path) -> None:
+    """asyncio takes EAGAIN for success; the clean-up then deleted scratch in use."""
+    path = str(tmp_path / "100.qmp")
+    waiting: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.bind(path)
+        monitor.listen(0)
+        with pytest.raises(BlockingIOError):
+            fill(path, waiting)
+        served = asyncio.create_task(asyncio.to_thread(serve, monitor, waiting))
+        try:
+            async with qmp_session(path) as qmp:
+                assert qmp.version == (10, 0, 2)
+                assert await qmp.execute("query-status") == {"status": "running"}
+        finally:
+            await served
+
+
+def fill(path: str, waiting: list[socket.socket]) -> None:
+    """Connect until the backlog is full."""
+    while True:
+        waiting.append(socket.socket(socket.AF_UNIX))
+        waiting[-1].setblocking(False)
+        waiting[-1].connect(path)
+
+
+def serve(monitor: socket.socket, waiting: list[socket.socket]) -> None:
+    """Let the waiting ones go after a while, then speak QMP to the next."""
+    time.sleep(0.4)
+    for one in waiting:
+        one.close()
+    monitor.settimeout(10)
+    while not answered(monitor.accept()[0]):
+        pass
+
+
+def answered(channel: socket.socket) -> bool:
+    """Speak QMP to one client; whether it asked for anything."""
+    version = {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}
+    with channel:
+        try:
+            say(channel, {"QMP": {"version": version, "capabilities": []}})
+            while data := channel.recv(65536):
+                asked = json.loads(data)
+                running = asked["execute"] == "query-status"
+                result = {"status": "running"} if running else {}
+                asked_by = {"id": asked["id"]} if "id" in asked else {}
+                say(channel, {"return": result, **asked_by})
+                if running:
+                    return True
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    return False
+
+
+def say(channel: socket.socket, message: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\r\n")
