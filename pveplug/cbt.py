@@ -32,7 +32,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -179,13 +179,18 @@ def plan(
     """
     chain = chain_id(job, purpose)
     segments = {key: _segments(disk, chain) for key, disk in disks.items()}
-    seq = 1 + max((s.seq for found in segments.values() for s in found), default=0)
-    parent = _parent_job(job, level, segments.values(), now)
+    everything = [segment for found in segments.values() for segment in found]
+    seq = 1 + max((segment.seq for segment in everything), default=0)
+    parent = _parent_job(job, level, {segment.job for segment in everything}, now)
+    # One job has one number on all disks of the VM; where P left a disk out, or its
+    # segment is gone there, the other disks still tell where in the row P stands.
+    parent_seq = max((s.seq for s in everything if s.job == parent), default=None)
     return {
         key: _plan_disk(
             Segment(seq, chain, level.letter, job, disk.size),
             level,
             parent,
+            parent_seq,
             disk,
             segments[key],
         )
@@ -202,6 +207,7 @@ def _plan_disk(
     new: Segment,
     level: Level,
     parent: str | None,
+    parent_seq: int | None,
     disk: Tracked,
     segments: Sequence[Segment],
 ) -> DiskPlan:
@@ -218,7 +224,7 @@ def _plan_disk(
     opens = not any(states[s.name].busy for s in drop)
     folds: tuple[Fold, ...] = ()
     if opens and not any(states[s.name].busy for s in kept):
-        folds = _folds(level, start, kept)
+        folds = _folds(level, start, parent_seq, kept)
     return DiskPlan(
         new=new,
         disable=tuple(s.name for s in kept if opens and states[s.name].recording),
@@ -254,17 +260,22 @@ def _hole(
 def _folds(
     level: Level,
     parent: Segment | None,
+    parent_seq: int | None,
     segments: Sequence[Segment],
 ) -> tuple[Fold, ...]:
     """Return what shortens the history, to be done after the switch.
 
     All of ``segments`` are disabled by then. The newest, which records while this is
     planned, is often the one that matters: that of a job that failed just before.
+
+    Args:
+        level: what Bacula asked for.
+        parent: P's own segment, where this disk's union starts with it.
+        parent_seq: P's place in the row, known from any disk of the VM.
+        segments: this disk's, after the last hole, oldest first.
     """
-    if parent is None:
-        return _bounded(segments, None)
-    dead, alive = _dead_fulls(segments, parent)
-    if level.letter == "I" and len(alive) > FOLD_ABOVE:
+    dead, alive = _dead_fulls(segments, parent_seq)
+    if parent is not None and level.letter == "I" and len(alive) > FOLD_ABOVE:
         return dead + _folded(alive, parent)
     return dead + _bounded(alive, parent)
 
@@ -313,7 +324,7 @@ def _union(
 
 
 def _parent_job(
-    job: str, level: Level, disks: Iterable[Sequence[Segment]], now: float | None
+    job: str, level: Level, jobs: Set[str], now: float | None
 ) -> str | None:
     """Return the job whose segment stands for Bacula's PrevJobName.
 
@@ -327,7 +338,6 @@ def _parent_job(
     name must agree with our clock first: one that waited long, or a Director in
     another zone, gets a whole read.
     """
-    jobs = {segment.job for disk in disks for segment in disk}
     if not level.parent_job or level.parent_job in jobs:
         return level.parent_job
     began = _started(job)
@@ -360,18 +370,19 @@ def _started(job: str) -> float | None:
 
 
 def _dead_fulls(
-    segments: Sequence[Segment], parent: Segment
+    segments: Sequence[Segment], parent_seq: int | None
 ) -> tuple[tuple[Fold, ...], list[Segment]]:
     """Fold Fulls after P into their predecessors: the Director does not count them.
 
     A job that names P proves that a later Full failed or was disowned; left alone its
-    segment would later be taken for the start of the chain.
+    segment would later be taken for the start of the chain. That holds for disks too
+    of which P has no segment. The oldest stays what it is: nothing is cut off by it.
     """
     dead: dict[str, list[str]] = {}
     alive: list[Segment] = []
     for segment in segments:
-        if segment.level == "F" and segment.seq > parent.seq:
-            # Never the first one: P itself is before it.
+        after = parent_seq is not None and segment.seq > parent_seq
+        if segment.level == "F" and after and alive:
             dead.setdefault(alive[-1].name, []).append(segment.name)
         else:
             alive.append(segment)

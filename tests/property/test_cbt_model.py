@@ -56,6 +56,8 @@ class Disk:
     """When something last happened that no bitmap could record."""
     shrunk: set[str] = field(default_factory=set)
     """Chains which haven't seen yet that the disk shrank."""
+    crowded_out: set[str] = field(default_factory=set)
+    """Jobs whose segment went when there were too many and no Incremental to fold."""
 
     @property
     def size(self) -> int:
@@ -306,12 +308,17 @@ class History(RuleBasedStateMachine):
             return
         self.scribble(blocks[6:])
         for key, plan in plans.items():
+            ours = [n for n in disks[key].bitmaps if plan.new.chain in n]
+            crowded = len(ours) > KEEP_AT_MOST
             for fold in plan.folds:
                 if fold.target:
                     disks[key].merge(
                         disks[key].bitmaps[fold.target].dirty, fold.sources
                     )
                 disks[key].remove(fold.remove)
+                if crowded and (plan.whole is not None or level.letter != "I"):
+                    gone = map(cbt.parse_segment, fold.remove)
+                    disks[key].crowded_out |= {s.job for s in gone if s}
             ours = [n for n in disks[key].bitmaps if plan.new.chain in n]
             busy = any(disks[key].bitmaps[n].busy for n in ours)
             assert busy or len(ours) <= KEEP_AT_MOST
@@ -344,6 +351,7 @@ class History(RuleBasedStateMachine):
             or disk.disturbed >= parent.began
             or self.disowned[resource] >= parent.began
             or key not in parent.opened
+            or parent.name in disk.crowded_out
             or any(bits.busy for bits in disk.bitmaps.values())
         ), plan.whole
 

@@ -232,6 +232,27 @@ def test_dead_fulls_of_one_predecessor_go_together() -> None:
     ]
 
 
+def test_a_dead_full_is_dead_too_on_a_disk_that_the_parent_left_out() -> None:
+    """Else the good Full before it would be cut off as older than "the Full"."""
+    with_it = disk("FIF")
+    without = Tracked(
+        SIZE, tuple(b for b in with_it.bitmaps if b.name != segment(2).name)
+    )
+    level = Level("I", unique(2))
+    plans = cbt.plan(unique(4), level, {"scsi0": with_it, "scsi1": without})
+    assert "is gone" in (plans["scsi1"].whole or "")
+    dead = segment(3, "F").name
+    assert plans["scsi0"].folds == (Fold(segment(2).name, (dead,), (dead,)),)
+    assert plans["scsi1"].folds == (Fold(segment(1, "F").name, (dead,), (dead,)),)
+
+
+def test_a_dead_full_with_nothing_before_it_stays() -> None:
+    only_dead = Tracked(SIZE, (Bitmap(segment(3, "F").name, recording=True),))
+    level = Level("I", unique(2))
+    plans = cbt.plan(unique(4), level, {"scsi0": disk("FIF"), "scsi1": only_dead})
+    assert plans["scsi1"].folds == ()
+
+
 def test_an_incremental_folds_a_long_history_and_keeps_the_full_and_the_parent() -> (
     None
 ):
