@@ -13,13 +13,15 @@ So a job that failed, was killed or was disowned by the Director needs no repair
 segment is simply one more in the next union. Nothing here talks to QEMU; this module
 decides on names and sizes, ``snapshot.py`` carries the decisions out.
 
-A segment is named ``ph-<chain>-<seq>-<F|I|D>-<job>@<size>``. The order of segments
-comes from ``seq`` and nothing else (QEMU lists bitmaps in no stable order, and job
-names carry local time). ``job`` is the job's unique Bacula name, which is what
+A segment is named ``ph-<chain>-<seq>-<F|I|D>-<job>@<size>@<began>``. The order of
+segments comes from ``seq`` and nothing else (QEMU lists bitmaps in no stable order, and
+job names carry local time). ``job`` is the job's unique Bacula name, which is what
 PrevJobName gives. ``size`` is the disk's size in bytes when the segment began: a
 bitmap grows with its disk and its new tail starts clean, so what lies beyond the size
 at job P must be read whatever the bitmaps say. It is in the name because the name
-travels with the bitmap in a live migration, and no state file does.
+travels with the bitmap in a live migration, and no state file does. ``began`` is when
+the segment began by the node's clock, in seconds since the epoch; only a VirtualFull's
+name makes anybody look at it.
 
 History is only ever cut off at its old end, never in the middle: a union with a hole
 would call changed blocks clean. Where tracking was interrupted there *is* a hole, so
@@ -32,7 +34,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,10 +45,10 @@ FOLD_ABOVE: Final = 24
 """Fold when a disk has more segments than this; 16 to 32 measured best."""
 KEEP_AT_MOST: Final = 96
 """Merges of more block QEMU's main loop too long (0.1 s per 100 on 1 TiB)."""
-PUNCTUAL_S: Final = 1800
-"""Time zones differ by at least this much, rare ones aside."""
+PUNCTUAL_S: Final = 600
+"""Less than any two time zones differ by; a job's VM is usually begun within it."""
 _NAME: Final = re.compile(
-    r"ph-(c[0-9a-f]{8})-([0-9]{5,})-([FID])-(.+)@([0-9]+)", re.DOTALL
+    r"ph-(c[0-9a-f]{8})-([0-9]{5,})-([FID])-(.+)@([0-9]+)@([0-9]+)", re.DOTALL
 )
 _STAMP: Final = re.compile(r"\.(\d{4})-(\d\d)-(\d\d)_(\d\d)\.(\d\d)\.(\d\d)_\d+$")
 
@@ -75,12 +77,16 @@ class Segment:
     level: str
     job: str
     size: int
+    """Of the disk when it began, in bytes."""
+    began: int = 0
+    """Seconds since the epoch; 0: not known."""
 
     @property
     def name(self) -> str:
         """The bitmap's name."""
         return (
-            f"{PREFIX}{self.chain}-{self.seq:05d}-{self.level}-{self.job}@{self.size}"
+            f"{PREFIX}{self.chain}-{self.seq:05d}-{self.level}-{self.job}"
+            f"@{self.size}@{self.began}"
         )
 
 
@@ -88,8 +94,8 @@ def parse_segment(name: str) -> Segment | None:
     """Take a bitmap's name apart; None where it isn't a segment of ours."""
     if not (found := _NAME.fullmatch(name)):
         return None
-    chain, seq, level, job, size = found.groups()
-    return Segment(int(seq), chain, level, job, int(size))
+    chain, seq, level, job, size, began = found.groups()
+    return Segment(int(seq), chain, level, job, int(size), int(began))
 
 
 def union_name(chain: str) -> str:
@@ -181,13 +187,13 @@ def plan(
     segments = {key: _segments(disk, chain) for key, disk in disks.items()}
     everything = [segment for found in segments.values() for segment in found]
     seq = 1 + max((segment.seq for segment in everything), default=0)
-    parent = _parent_job(job, level, {segment.job for segment in everything}, now)
+    parent = _parent_job(job, level, everything, now)
     # One job has one number on all disks of the VM; where P left a disk out, or its
     # segment is gone there, the other disks still tell where in the row P stands.
     parent_seq = max((s.seq for s in everything if s.job == parent), default=None)
     return {
         key: _plan_disk(
-            Segment(seq, chain, level.letter, job, disk.size),
+            Segment(seq, chain, level.letter, job, disk.size, int(now or 0)),
             level,
             parent,
             parent_seq,
@@ -324,33 +330,37 @@ def _union(
 
 
 def _parent_job(
-    job: str, level: Level, jobs: Set[str], now: float | None
+    job: str, level: Level, segments: Sequence[Segment], now: float | None
 ) -> str | None:
     """Return the job whose segment stands for Bacula's PrevJobName.
 
     Usually that name itself. After a VirtualFull whose sources were pruned,
     PrevJobName may be the VirtualFull's own name, which was never a backup of ours;
-    then ``since`` is the start of its newest member. That member is accepted when
-    exactly one job's name carries that time.
+    then ``since`` is the start of its newest member. Two witnesses must name that
+    member, neither of which is enough:
 
-    Names carry the Director's local time. Read in another zone they would be hours
-    off, and with an hourly schedule would fit the wrong job. So the running job's own
-    name must agree with our clock first: one that waited long, or a Director in
-    another zone, gets a whole read.
+    - its segment is the only one that began in the minutes after ``since``. Jobs that
+      waited start close together, and the second may have failed.
+    - its name carries the time ``since``. Names are in the Director's local time; read
+      in another zone they are hours off and, with an hourly schedule, fit the wrong
+      job. So the running job's own name must agree with our clock, too: one that
+      waited long, or a Director in another zone, gets a whole read.
     """
+    jobs = {segment.job for segment in segments}
     if not level.parent_job or level.parent_job in jobs:
         return level.parent_job
-    began = _started(job)
-    if level.since is None or now is None or began is None:
+    named = _started(job)
+    if level.since is None or now is None or named is None:
         return level.parent_job
-    if not -60 <= now - began < PUNCTUAL_S:
+    if not -60 <= now - named < PUNCTUAL_S:
         return level.parent_job
-    near = [
-        other
-        for other in jobs
-        if (stamp := _started(other)) is not None and 0 <= level.since - stamp <= 2
-    ]
-    return near[0] if len(near) == 1 else level.parent_job
+    near = {s.job for s in segments if -2 <= s.began - level.since < PUNCTUAL_S}
+    if len(near) != 1:
+        return level.parent_job
+    (member,) = near
+    stamp = _started(member)
+    fits = stamp is not None and 0 <= level.since - stamp <= 2
+    return member if fits else level.parent_job
 
 
 def _started(job: str) -> float | None:

@@ -13,6 +13,7 @@ its order, and may be cut off between any two steps. What is true for every hist
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
@@ -90,6 +91,9 @@ class Job:
     name: str
     level: str
     epoch: int
+    """When it started, in seconds: what Bacula gives later jobs as ``since``."""
+    zone: int
+    """The Director's, in hours, while it ran."""
     began: int
     """The model's time at which its segments were added."""
     images: dict[str, tuple[int, list[int]]]
@@ -106,6 +110,9 @@ class History(RuleBasedStateMachine):
         self.now = 0
         self.count = 0
         self.epoch = 1_700_000_000
+        """When the newest job was named."""
+        self.started = 0
+        """When the newest job was started."""
         self.zone = 0
         self.disks: dict[str, Disk] = {}
         self.good: dict[str, list[Job]] = {name: [] for name in RESOURCES}
@@ -230,9 +237,7 @@ class History(RuleBasedStateMachine):
             return
         newest = self.good[resource][-1]
         name = self.name(resource)
-        virtual = Job(
-            name, "F", newest.epoch, newest.began, newest.images, newest.opened
-        )
+        virtual = dataclasses.replace(newest, name=name, level="F")
         self.good[resource] = [virtual]
         self.disowned[resource] = self.tick()
 
@@ -256,23 +261,43 @@ class History(RuleBasedStateMachine):
         cut=st.sampled_from(CUTS),
         excluded=st.sampled_from(["", "", "", "scsi1"]),
         blocks=st.lists(st.integers(0, 9), max_size=8),
+        waits=st.sampled_from([0, 0, 3600]),
+        local=st.booleans(),
     )
     def job(
-        self, resource: str, wanted: str, cut: str, excluded: str, blocks: list[int]
+        self,
+        resource: str,
+        wanted: str,
+        cut: str,
+        excluded: str,
+        blocks: list[int],
+        waits: int = 0,
+        local: bool = False,
     ) -> None:
+        """Run a job.
+
+        Args:
+            resource: its Job resource.
+            wanted: the level that is scheduled.
+            cut: where it dies, see CUTS.
+            excluded: a disk that isn't backed up.
+            blocks: written while it runs.
+            waits: seconds between its name and its start.
+            local: the catalogue holds local times, read in the zone of today.
+        """
         parent = self.parent(resource, wanted)
-        level = (
-            Level(wanted, parent.name, parent.epoch)
-            if parent
-            else Level("F", None, None)
-        )
         name = self.name(resource)
+        level = Level("F", None, None)
+        if parent:
+            shift = (parent.zone - self.zone) * 3600 if local else 0
+            level = Level(wanted, parent.name, parent.epoch + shift)
+        self.started = max(self.epoch + waits, self.started + 60)
         disks = {k: d for k, d in self.disks.items() if k != excluded}
         plans = cbt.plan(
             name,
             level,
             {key: disk.tracked() for key, disk in disks.items()},
-            now=self.epoch + 5.0,
+            now=self.started + 5.0,
         )
         assert len({plan.new.seq for plan in plans.values()}) <= 1
         for key, plan in plans.items():
@@ -329,7 +354,7 @@ class History(RuleBasedStateMachine):
         if cut == "folded":
             return
         opened = {key for key, plan in plans.items() if plan.opens}
-        job = Job(name, level.letter, self.epoch, began, images, opened)
+        job = Job(name, level.letter, self.started, self.zone, began, images, opened)
         self.good[resource].append(job)
 
     def check_plan(

@@ -71,7 +71,7 @@ def jobs(names: tuple[str, ...]) -> list[int]:
 )
 @pytest.mark.parametrize("seq", [1, 99_999, 123_456])
 def test_a_name_says_all_of_its_segment(job: str, seq: int) -> None:
-    one = Segment(seq, cbt.chain_id(job), "D", job, 16 * 1024 * GiB)
+    one = Segment(seq, cbt.chain_id(job), "D", job, 16 * 1024 * GiB, TEN)
     assert cbt.parse_segment(one.name) == one
     assert len(one.name) < 1023
 
@@ -316,13 +316,25 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def virtual(
-    *, since: int, now: float | None, stamps: tuple[str, ...], job: str
+    *,
+    since: int,
+    now: float | None,
+    stamps: tuple[str, ...],
+    job: str,
+    began: tuple[int, ...] = (),
 ) -> str | None:
+    """Return what PrevJobName=VIRTUAL is understood as.
+
+    Args:
+        stamps: in the names of the jobs whose segments are there.
+        began: when they began; by default, when their names say in Berlin.
+    """
     chain = cbt.chain_id(job)
+    began = began or tuple(TEN + 5 + 3600 * n for n in range(len(stamps)))
     names = [f"nightly.{stamp}_0{n}" for n, stamp in enumerate(stamps, 1)]
     bitmaps = tuple(
-        Bitmap(Segment(n, chain, "I", name, SIZE).name, recording=n == len(names))
-        for n, name in enumerate(names, 1)
+        Bitmap(Segment(n, chain, "I", name, SIZE, at).name, recording=n == len(names))
+        for n, (name, at) in enumerate(zip(names, began, strict=True), 1)
     )
     level = Level("I", VIRTUAL, since)
     disks = {"scsi0": Tracked(SIZE, bitmaps)}
@@ -346,6 +358,23 @@ def test_a_virtual_full_stands_for_its_newest_member(
     assert virtual(since=eleven, now=None, stamps=HOURLY, job=NEXT) is None
 
 
+def test_a_name_in_another_zone_does_not_stand_for_the_job_of_that_time(
+    zone: pytest.MonkeyPatch,
+) -> None:
+    """The Director's zone was changed; what fits is the next job, which died."""
+    arguments = {"now": NOW, "stamps": ("2026-11-20_09.00.00", HOURLY[0]), "job": NEXT}
+    assert virtual(since=TEN, **arguments) is None  # type: ignore[arg-type]
+
+
+def test_of_jobs_that_waited_and_began_together_none_is_taken(
+    zone: pytest.MonkeyPatch,
+) -> None:
+    """The first was due at nine and ran at ten, as did the second, which died."""
+    arguments = {"now": NOW, "stamps": ("2026-11-20_09.00.00", HOURLY[0]), "job": NEXT}
+    began = (TEN + 5, TEN + 70)
+    assert virtual(since=TEN, began=began, **arguments) is None  # type: ignore[arg-type]
+
+
 def test_names_in_another_time_zone_fit_no_job(zone: pytest.MonkeyPatch) -> None:
     """One zone off and an hourly schedule: the name of the wrong job would fit."""
     zone.setenv("TZ", "Europe/London")
@@ -363,6 +392,7 @@ def test_a_time_that_the_clock_showed_twice_fits_no_job(
             since=half_past_two,
             now=half_past_two + 7200 + 5,
             stamps=("2026-10-25_02.30.00",),
+            began=(half_past_two + 5,),
             job="nightly.2026-10-25_03.30.00_12",
         )
         is None
