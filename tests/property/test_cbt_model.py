@@ -59,6 +59,8 @@ class Disk:
     """Chains which haven't seen yet that the disk shrank."""
     crowded_out: set[str] = field(default_factory=set)
     """Jobs whose segment went when there were too many and no Incremental to fold."""
+    unaware: set[str] = field(default_factory=set)
+    """Resources of which a job proved that a Full is dead, and left this disk out."""
 
     @property
     def size(self) -> int:
@@ -293,6 +295,8 @@ class History(RuleBasedStateMachine):
             level = Level(wanted, parent.name, parent.epoch + shift)
         self.started = max(self.epoch + waits, self.started + 60)
         disks = {k: d for k, d in self.disks.items() if k != excluded}
+        if parent and excluded in self.disks:
+            self.prove_dead_fulls_without(resource, self.disks[excluded])
         plans = cbt.plan(
             name,
             level,
@@ -357,6 +361,14 @@ class History(RuleBasedStateMachine):
         job = Job(name, level.letter, self.started, self.zone, began, images, opened)
         self.good[resource].append(job)
 
+    def prove_dead_fulls_without(self, resource: str, disk: Disk) -> None:
+        """A job names its parent and isn't told of a disk with a dead Full."""
+        found = map(cbt.parse_segment, disk.bitmaps)
+        fulls = {s.job for s in found if s and s.level == "F"}
+        fulls = {job for job in fulls if cbt.job_resource(job) == resource}
+        if fulls - {job.name for job in self.good[resource]}:
+            disk.unaware.add(resource)
+
     def check_plan(
         self,
         resource: str,
@@ -377,6 +389,7 @@ class History(RuleBasedStateMachine):
             or self.disowned[resource] >= parent.began
             or key not in parent.opened
             or parent.name in disk.crowded_out
+            or (parent.level == "F" and resource in disk.unaware)
             or any(bits.busy for bits in disk.bitmaps.values())
         ), plan.whole
 
@@ -422,7 +435,7 @@ class History(RuleBasedStateMachine):
 
 
 History.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None
+    max_examples=300, stateful_step_count=30, deadline=None
 )
 test_no_history_makes_a_wrong_or_a_needlessly_large_incremental = pytest.mark.timeout(
     300
