@@ -46,7 +46,10 @@ FOLD_ABOVE: Final = 24
 KEEP_AT_MOST: Final = 96
 """Merges of more block QEMU's main loop too long (0.1 s per 100 on 1 TiB)."""
 PUNCTUAL_S: Final = 600
-"""Less than any two time zones differ by; a job's VM is usually begun within it."""
+"""Less than any two time zones differ by."""
+SOON_S: Final = 30
+"""A job that didn't wait begins its VM within this; the next job of its resource, which
+runs after it, doesn't."""
 _NAME: Final = re.compile(
     r"ph-(c[0-9a-f]{8})-([0-9]{5,})-([FID])-(.+)@([0-9]+)@([0-9]+)", re.DOTALL
 )
@@ -336,31 +339,32 @@ def _parent_job(
 
     Usually that name itself. After a VirtualFull whose sources were pruned,
     PrevJobName may be the VirtualFull's own name, which was never a backup of ours;
-    then ``since`` is the start of its newest member. Two witnesses must name that
-    member, neither of which is enough:
+    then ``since`` is the start of its newest member. All of this must name that member,
+    since each alone has named a job that failed:
 
-    - its segment is the only one that began in the minutes after ``since``. Jobs that
-      waited start close together, and the second may have failed.
-    - its name carries the time ``since``. Names are in the Director's local time; read
-      in another zone they are hours off and, with an hourly schedule, fit the wrong
-      job. So the running job's own name must agree with our clock, too: one that
-      waited long, or a Director in another zone, gets a whole read.
+    - the name we were given carries a later time than ``since``, so it is not the
+      member's own, whose segment is gone.
+    - the member's segment is the only one that began just after ``since``.
+    - its name carries the time ``since``: it didn't wait, as a second job might have
+      that was due when the member, which had waited, began. Names are in the Director's
+      local time; read in another zone they are hours off and, with an hourly schedule,
+      fit the wrong job. So the running job's own name must agree with our clock, too:
+      one that waited long, or a Director in another zone, gets a whole read.
     """
-    jobs = {segment.job for segment in segments}
-    if not level.parent_job or level.parent_job in jobs:
-        return level.parent_job
-    named = _started(job)
-    if level.since is None or now is None or named is None:
-        return level.parent_job
-    if not -60 <= now - named < PUNCTUAL_S:
-        return level.parent_job
-    near = {s.job for s in segments if -2 <= s.began - level.since < PUNCTUAL_S}
+    given = level.parent_job
+    if not given or any(segment.job == given for segment in segments):
+        return given
+    since, named, virtual = level.since, _started(job), _started(given)
+    if since is None or now is None or named is None or virtual is None:
+        return given
+    if not -60 <= now - named < PUNCTUAL_S or virtual <= since + 2:
+        return given
+    near = {s.job for s in segments if -2 <= s.began - since < SOON_S}
     if len(near) != 1:
-        return level.parent_job
+        return given
     (member,) = near
     stamp = _started(member)
-    fits = stamp is not None and 0 <= level.since - stamp <= 2
-    return member if fits else level.parent_job
+    return member if stamp is not None and 0 <= since - stamp <= 2 else given
 
 
 def _started(job: str) -> float | None:

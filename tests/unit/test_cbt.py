@@ -371,8 +371,18 @@ def test_of_jobs_that_waited_and_began_together_none_is_taken(
 ) -> None:
     """The first was due at nine and ran at ten, as did the second, which died."""
     arguments = {"now": NOW, "stamps": ("2026-11-20_09.00.00", HOURLY[0]), "job": NEXT}
-    began = (TEN + 5, TEN + 70)
+    began = (TEN + 5, TEN + 25)
     assert virtual(since=TEN, began=began, **arguments) is None  # type: ignore[arg-type]
+
+
+def test_only_a_name_later_than_since_is_a_virtual_full(
+    zone: pytest.MonkeyPatch,
+) -> None:
+    """Else it is the parent's own, whose segment is gone; another job's won't do."""
+    level = Level("I", "nightly.2026-11-20_09.00.00_01", TEN)
+    died = Segment(2, cbt.chain_id(NEXT), "F", f"nightly.{HOURLY[0]}_02", SIZE, TEN + 9)
+    disks = {"scsi0": Tracked(SIZE, (Bitmap(died.name, recording=True),))}
+    assert cbt.plan(NEXT, level, disks, now=NOW)["scsi0"].parent_job is None
 
 
 def test_names_in_another_time_zone_fit_no_job(zone: pytest.MonkeyPatch) -> None:
