@@ -103,3 +103,58 @@ async def test_a_moved_disk_is_read_in_part_on_blockdev_and_whole_on_drive(
     await run.reads_only_what_was_written("a job after the move")
     await run.every_image_is_exact()
     await run.vm.stop()
+
+
+async def test_a_new_disk_or_a_new_qemu_is_read_whole_and_the_reason_said(
+    world: World,
+) -> None:
+    run = await course(world, 140, "blockdev", "local")
+    both = {"scsi0": NO_TRACKING, "virtio1": NO_TRACKING}
+
+    await run.api("PUT", "config", scsi2="local:0.0078125,format=raw")
+    await run.write("scsi2", 0, MIB)
+    await run.reads_whole("a disk was plugged in", scsi2=NO_TRACKING)
+    await run.api("PUT", "config", delete="scsi2", force=1)
+    await run.api("PUT", "config", scsi2="local:0.0078125,format=raw")
+    await run.write("scsi2", 0, MIB)
+    await run.reads_whole("another disk came under the same key", scsi2=NO_TRACKING)
+    await run.api("PUT", "config", delete="scsi2", force=1)
+    await run.write("virtio1", 5 * MIB)
+    await run.reads_only_what_was_written("a disk was taken out")
+
+    await run.vm.kill()
+    run.vm.set(machine=LAYOUTS["drive"])
+    await run.vm.start()
+    assert not run.vm.modern
+    await run.write("scsi0", 5 * MIB)
+    await run.reads_whole("kill -9, and another machine type", **both)
+
+    await run.api("POST", "snapshot", snapname="before")
+    await run.write("scsi0", 6 * MIB)
+    await run.api("POST", "snapshot/before/rollback", start=1)
+    await run.write("virtio1", 6 * MIB)
+    await run.reads_whole("a rollback", **both)
+
+    await run.api("DELETE", "snapshot/before")
+    await run.api("POST", "status/shutdown", forceStop=1, timeout=0)
+    where = f"/@pve/restore_vmid={run.vmid},overwrite=yes"
+    newest = await world.restore(where=where, job=f"job{run.vmid}")
+    assert newest.termination == "Restore OK", newest.text
+    await run.vm.start()
+    await run.reads_whole("a restore over it", **both)
+    await run.every_image_is_exact()
+    await run.vm.stop()
+
+
+async def test_another_vm_under_the_same_id_is_read_whole(world: World) -> None:
+    run = await course(world, 150, "blockdev", "local")
+    await run.vm.stop()
+    await run.api("DELETE", "")
+    await world.site.create_vm(
+        150, {"agent": "0"}, disks={"scsi0": "24M", "virtio1": "12M"}
+    )
+    await run.vm.start()
+    await run.write("scsi0", 5 * MIB)
+    await run.reads_whole("the id was used again", scsi0=NO_TRACKING, virtio1=NO_TRACKING)
+    await run.every_image_is_exact()
+    await run.vm.stop()
