@@ -54,6 +54,7 @@ class Midst(Course):
         """
         for key in self.keys():
             await self.write(key, 4 * MIB, 2 * MIB)
+        copies = await self.copies(f"midst{len(self.jobs)}")
         bacula, relay = self.world.bacula, self.vm.machine.qmp_relay
         before, name = len(relay.sessions), f"job{self.vmid}"
         job_id = await asyncio.to_thread(bacula.start_job, name, "Incremental")
@@ -76,6 +77,8 @@ class Midst(Course):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
             self.result = await asyncio.to_thread(bacula.wait, job_id)
+            if self.result.ok:
+                self.keep(self.result, copies)
 
     result: JobResult
 
@@ -118,7 +121,6 @@ async def a_disk_grows(run: Midst) -> None:
         await vm.qmp("block_resize", **name, size=28 * MIB)
     assert run.result.ok, run.result.text
     await run.write("scsi0", 27 * MIB)
-    await run.reads_only_what_was_written("growth in the middle of a job")
 
 
 async def a_disk_moves(run: Midst) -> None:
@@ -145,7 +147,6 @@ async def a_disk_moves(run: Midst) -> None:
     await vm.assert_clean()
     if not vm.modern:
         assert run.result.ok, run.result.text
-        await run.record(run.result)
         return
     assert run.result.status == "f", run.result.text
     (inserted,) = [
@@ -154,9 +155,6 @@ async def a_disk_moves(run: Midst) -> None:
         if block.get("qdev") == "scsi0"
     ]
     assert volume.path in str(inserted["file"]), "the guest is on the old volume"
-    await run.write("scsi0", 9 * MIB)
-    job = await run.job()
-    assert whole(job) == {}, job.text
 
 
 async def the_backend_is_killed(run: Midst) -> None:

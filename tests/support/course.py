@@ -82,24 +82,28 @@ class Course:
         """Run the job and keep what the disks hold."""
         result = await self.world.run(f"job{self.vmid}", level)
         assert result.ok, f"{result.text}\n{self.world.backend_log[-4000:]}"
-        await self.record(result)
+        self.keep(result, await self.copies(str(result.job_id)))
         return result
 
-    async def record(self, result: JobResult) -> None:
-        """Keep what the disks hold now as what a job must hold."""
+    def keep(self, result: JobResult, copies: dict[str, Path]) -> None:
+        """Remember a job that ended well, and what it must hold."""
         self.jobs.append(result)
-        copies = {}
+        self._truths.append(copies)
+
+    async def copies(self, label: str) -> dict[str, Path]:
+        """Copy what the disks hold now."""
+        found = {}
         for key in self.keys():
             if self.vm.running:
                 await self.vm.qemu_io(key, "flush")
             path = self.vm.disk_path(key)
-            copies[key] = self.world.base / f"{self.vmid}-{result.job_id}-{key}"
+            found[key] = self.world.base / f"{self.vmid}-{label}-{key}"
             fmt = "qcow2" if path.suffix == ".qcow2" else "raw"
             await asyncio.to_thread(
                 truth.run, "qemu-img", "convert", "-U", "-f", fmt, "-O", "raw",
-                str(path), str(copies[key]),
+                str(path), str(found[key]),
             )  # fmt: skip
-        self._truths.append(copies)
+        return found
 
     async def reads_only_what_was_written(self, what: str) -> JobResult:
         """An Incremental after an event that left the chain whole."""
