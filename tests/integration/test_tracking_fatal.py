@@ -99,8 +99,7 @@ async def test_resize_move_and_clean_up_in_the_middle_of_a_backup_end_no_qemu(
     await run.begin()
     vm, pid = run.vm, run.vm.pid
     async with watched(vm) as watch:
-        await a_disk_grows(run)
-        await a_disk_moves(run)
+        await a_disk_grows_and_moves(run)
         await the_backend_is_killed(run)
     assert watch.fatal() == []
     assert watch.sent("block-dirty-bitmap-merge") == [], "not in a transaction"
@@ -110,30 +109,22 @@ async def test_resize_move_and_clean_up_in_the_middle_of_a_backup_end_no_qemu(
     await vm.stop()
 
 
-async def a_disk_grows(run: Midst) -> None:
-    vm = run.vm
-    async with run.reading():
-        with pytest.raises(PveRefusalError) as refused:
-            await run.api("PUT", "resize", disk="scsi0", size="+4M")
-        assert refused.value.reason is Reason.LOCKED
-        # The lock keeps PVE from it, not somebody at the monitor.
-        name = {"node_name" if vm.modern else "device": "drive-scsi0"}
-        await vm.qmp("block_resize", **name, size=28 * MIB)
-    assert run.result.ok, run.result.text
-    await run.write("scsi0", 27 * MIB)
-
-
-async def a_disk_moves(run: Midst) -> None:
+async def a_disk_grows_and_moves(run: Midst) -> None:
     vm = run.vm
     old = Drive.parse("scsi0", vm.conf.values["scsi0"])
     storage = vm.node.storages["local2"]
     async with run.reading():
-        with pytest.raises(PveRefusalError) as refused:
-            await run.api("POST", "move_disk", disk="scsi0", storage="local2")
-        assert refused.value.reason is Reason.LOCKED
-        volid = await asyncio.to_thread(
-            storage.alloc, vm.vmid, None, 28 * MIB, "qcow2"
-        )
+        for method, call, more in (
+            ("PUT", "resize", {"size": "+4M"}),
+            ("POST", "move_disk", {"storage": "local2"}),
+        ):
+            with pytest.raises(PveRefusalError) as refused:
+                await run.api(method, call, disk="scsi0", **more)
+            assert refused.value.reason is Reason.LOCKED
+        # The lock keeps PVE from it, not somebody at the monitor.
+        name = {"node_name" if vm.modern else "device": "drive-scsi0"}
+        await vm.qmp("block_resize", **name, size=28 * MIB)
+        volid = await asyncio.to_thread(storage.alloc, vm.vmid, None, 28 * MIB, "qcow2")
         new = Drive("scsi0", volid, dict(old.options))
         volume = Volume(storage.path(volid), "qcow2", storage.type)
         mirror = hotplug.mirror(vm.machine, old, new, volume, below="ph-cbw-scsi0")
@@ -145,6 +136,7 @@ async def a_disk_moves(run: Midst) -> None:
             with pytest.raises(QmpRefused, match="Need a root block node"):
                 await mirror
     await vm.assert_clean()
+    await run.write("scsi0", 27 * MIB)
     if not vm.modern:
         assert run.result.ok, run.result.text
         return

@@ -67,8 +67,7 @@ async def migrate_vm(
             if drive.volume and not node.storage_of(drive.file).shared:
                 task.log(f"found local disk '{drive.file}' (attached)")
                 raise die(
-                    "can't migrate attached local disks without with-local-disks "
-                    "option"
+                    "can't migrate attached local disks without with-local-disks option"
                 )
         conf.values["lock"] = "migrate"
         site.save(node, vmid, conf)

@@ -138,7 +138,5 @@ class Course:
 
 def whole(job: JobResult) -> dict[str, str]:
     """Return the reason for each disk that the job log says was read whole."""
-    found = re.findall(
-        r"VM \d+ (\w+): read whole, not incrementally: (.*)", job.text
-    )
+    found = re.findall(r"VM \d+ (\w+): read whole, not incrementally: (.*)", job.text)
     return dict(found)
