@@ -162,13 +162,13 @@ async def test_an_external_snapshot_keeps_the_chain_on_blockdev_and_ends_it_on_d
         await chain.take("05", "D", "01")
 
 
-def ended(vm: BareQemu, job: str) -> None:
-    """Complete a block job once it is ready, and wait for its end."""
-    completing = False
+def ended(vm: BareQemu, job: str, *, complete: bool = True) -> None:
+    """Complete a block job once it is ready, or cancel it, and wait for its end."""
+    asked = False
     while jobs := vm.command("query-block-jobs"):
-        if jobs[0]["ready"] and not completing:  # type: ignore[index]
-            vm.command("job-complete", id=job)
-            completing = True
+        if jobs[0]["ready"] and not asked:  # type: ignore[index]
+            vm.command("job-complete" if complete else "job-cancel", id=job)
+            asked = True
         time.sleep(0.02)
 
 
@@ -355,6 +355,48 @@ async def test_a_rollback_with_memory_brings_back_the_bitmaps_of_that_time(
         assert await chain.take("05", "I", "04") == ""
         # Had 3, 4 and 5 been disowned: from 2 on all is known.
         assert await chain.take("06", "I", "02") == ""
+
+
+# -- others at work on the same disk
+
+
+@both_layouts
+async def test_others_bitmaps_backups_and_clones_change_nothing(
+    base: Path, layout: str
+) -> None:
+    """vzdump with its bitmap, a replication's bitmap, a clone of the running VM."""
+    with BareQemu(base, layout, disk(base)) as vm:
+        chain = Chain(vm)
+        others = ("pbs-incremental-dirty-bitmap", "repl_scsi0")
+        for name in others:
+            vm.command("block-dirty-bitmap-add", node="drive-scsi0", name=name)
+        vm.io("scsi0", "write -P 1 0 1M")
+        await chain.take("01", "F")
+        vm.io("scsi0", "write -P 2 2M 64k")
+        source = format_node(vm) if layout == "blockdev" else "drive-scsi0"
+        for job, device in (("blockdev-backup", source), ("blockdev-mirror", "")):
+            vm.command(
+                "blockdev-add",
+                **{"driver": "null-co", "node-name": "copy", "size": SIZE},
+            )
+            vm.command(
+                job,
+                **{
+                    "job-id": "copy",
+                    "device": device or "drive-scsi0",
+                    "target": "copy",
+                    "sync": "full",
+                },
+            )
+            ended(vm, "copy", complete=False)
+            vm.command("blockdev-del", **{"node-name": "copy"})
+        vm.io("scsi0", "write -P 3 3M 64k")
+        assert await chain.take("02", "I", "01") == ""
+        assert await chain.take("03", "I", "02") == ""
+        left = {b.get("name"): b for b in first_node(vm)["dirty-bitmaps"]}
+        for name in others:
+            assert left[name]["recording"]
+            assert left[name]["count"] == (1 << 20) + 2 * 65536
 
 
 # -- what must not be sent, and in which order the rest
