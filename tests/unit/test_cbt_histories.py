@@ -68,7 +68,7 @@ class History:
         return plan, union
 
 
-@pytest.fixture(params=[24, 1], ids=["short", "folded"])
+@pytest.fixture(params=[24, 3, 1], ids=["short", "later", "folded"])
 def history(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> History:
     """A history whose disk folds late, as it does, or as early as can be."""
     monkeypatch.setattr(cbt, "FOLD_ABOVE", request.param)
@@ -114,14 +114,15 @@ def test_f1_i2_i3_d4_that_fails_and_i5_on_i3_reads_no_more_than_was_written(
 def test_a_full_that_failed_is_not_taken_for_the_start_of_the_chain(
     history: History,
 ) -> None:
-    """``F1 I2 F3(fails) I4(P=I2) D5(P=F1)``."""
+    """``F1 I2 F3(fails) I4(P=I2) I5(P=I4) D6(P=F1)``: F3 must not cut F1 off."""
     history.run("F1")
     history.run("I2", "F1")
     history.run("F3")
     assert history.run("I4", "I2")[1] == {2, 3}
-    plan, union = history.run("D5", "F1")
+    assert history.run("I5", "I4")[1] == {4}
+    plan, union = history.run("D6", "F1")
     assert plan.whole is None
-    assert union == {1, 2, 3, 4}
+    assert union == {1, 2, 3, 4, 5}
 
 
 def test_jobs_around_the_end_of_summer_time_are_in_the_order_they_ran(
