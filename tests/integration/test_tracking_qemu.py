@@ -21,7 +21,6 @@ from pveplug import cbt
 from pveplug.blockgraph import MARKER
 from pveplug.cbt import Level
 from pveplug.cleanup import clean_up
-from pveplug.errors import QmpError
 from pveplug.qmp import Qmp
 from pveplug.snapshot import SnapshotDisk
 from tests.integration.test_snapshot_qemu import dirty, full_read, point, unique
@@ -479,23 +478,6 @@ async def test_a_filter_that_was_never_put_in_is_not_taken_out(
         assert vm.ours() == []
         status: Any = vm.command("query-status")
         assert status["status"] == "running"
-
-
-async def test_a_filter_that_somebody_else_uses_is_left_and_the_guest_untouched(
-    base: Path, watch: Watch
-) -> None:
-    """It can't be deleted, as if it were under the guest; qom-set would abort QEMU."""
-    with BareQemu(base, "drive", disk(base)) as vm:
-        await point(vm, "cbw").prepare(unique("01"), Level("F"), vm.volids)
-        theirs = {"driver": "raw", "node-name": "theirs", "file": "ph-cbw-scsi0"}
-        vm.command("blockdev-add", **theirs, **{"read-only": True})
-        with pytest.raises(QmpError, match="in use"):
-            await clean_up(vm.qmp_path, "")
-        assert watch.sent("qom-set") == []
-        vm.io("scsi0", "write -P 1 0 64k")
-        vm.command("blockdev-del", **{"node-name": "theirs"})
-        await clean_up(vm.qmp_path, "")
-        assert vm.ours() == []
 
 
 @pytest.mark.parametrize("ours", [True, False])
