@@ -66,6 +66,8 @@ async def migrate_vm(
         for drive in conf.drives():
             if drive.volume and not node.storage_of(drive.file).shared:
                 task.log(f"found local disk '{drive.file}' (attached)")
+                if not site.machine(vmid, node).running:
+                    raise die("the lab copies no local disks to another node")
                 raise die(
                     "can't migrate attached local disks without with-local-disks option"
                 )
