@@ -8,6 +8,7 @@ case.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -25,6 +26,7 @@ pytestmark = [
 
 LAYOUTS = {"blockdev": "pc", "drive": "pc-i440fx-9.2+pve1"}
 NO_TRACKING = "no change tracking since job"
+BOTH = {"scsi0": NO_TRACKING, "virtio1": NO_TRACKING}
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -34,7 +36,9 @@ async def world() -> AsyncIterator[World]:
         yield found
 
 
-async def course(world: World, vmid: int, layout: str, storage: str) -> Course:
+async def course(
+    world: World, vmid: int, layout: str, storage: str, *, bacula: int = 1
+) -> Course:
     """Begin with a VM of two disks, on node pve1."""
     world.daemon_on("pve1")
     await world.site.create_vm(
@@ -45,20 +49,33 @@ async def course(world: World, vmid: int, layout: str, storage: str) -> Course:
             "virtio1": f"{storage}:{12 / 1024},format=qcow2",
         },
     )
-    found = Course(world, vmid)
+    found = Course(world, vmid, storage=bacula)
     await found.begin()
     assert found.vm.modern == (layout == "blockdev")
     return found
 
 
-@pytest.mark.parametrize(("layout", "vmid"), [("blockdev", 100), ("drive", 110)])
-async def test_what_leaves_qemus_nodes_in_place_leaves_the_next_job_small(
-    world: World, layout: str, vmid: int
-) -> None:
-    run = await course(world, vmid, layout, "nas")
-    vm = run.vm
+async def both_layouts(world: World, vmid: int, storage: str) -> list[Course]:
+    """Begin with a VM in each layout; most of a job's time is Bacula's."""
+    return await asyncio.gather(
+        course(world, vmid, "blockdev", storage, bacula=1),
+        course(world, vmid + 1, "drive", storage, bacula=2),
+    )
 
-    await vm.qmp("system_reset")
+
+async def test_what_leaves_qemus_nodes_in_place_leaves_the_next_job_small(
+    world: World,
+) -> None:
+    courses = await both_layouts(world, 100, "nas")
+    await asyncio.gather(*map(much_happens, courses))
+    # One node's File Daemon after the other's.
+    await asyncio.gather(*map(migrates, courses))
+    world.daemon_on("pve2")
+    await asyncio.gather(*map(goes_on_there, courses))
+
+
+async def much_happens(run: Course) -> None:
+    await run.vm.qmp("system_reset")
     await run.write("scsi0", 5 * MIB)
     await run.api("POST", "status/suspend")
     await run.api("POST", "status/resume")
@@ -71,29 +88,36 @@ async def test_what_leaves_qemus_nodes_in_place_leaves_the_next_job_small(
     await run.write("scsi0", 7 * MIB)
     await run.reads_only_what_was_written("reset, pause, growth and a snapshot")
 
+
+async def migrates(run: Course) -> None:
+    before = run.vm
     await run.write("scsi0", 8 * MIB)
     await run.api("POST", "migrate", target="pve2", online=1)
     assert run.vm.node.name == "pve2"
     assert run.vm.running
-    assert not vm.running
+    assert not before.running
     await run.write("virtio1", 8 * MIB)
-    world.daemon_on("pve2")
+
+
+async def goes_on_there(run: Course) -> None:
     await run.reads_only_what_was_written("a live migration")
     await run.every_image_is_exact()
     await run.vm.stop()
 
 
-@pytest.mark.parametrize(("layout", "vmid"), [("blockdev", 120), ("drive", 130)])
 async def test_a_moved_disk_is_read_in_part_on_blockdev_and_whole_on_drive(
-    world: World, layout: str, vmid: int
+    world: World,
 ) -> None:
-    run = await course(world, vmid, layout, "local")
+    await asyncio.gather(*map(a_disk_moves, await both_layouts(world, 120, "local")))
+
+
+async def a_disk_moves(run: Course) -> None:
     await run.write("scsi0", 5 * MIB)
     await run.api("POST", "move_disk", disk="scsi0", storage="local2", format="raw",
                   delete=1)  # fmt: skip
     await run.write("scsi0", 6 * MIB)
     await run.write("virtio1", 5 * MIB)
-    if layout == "blockdev":
+    if run.vm.modern:
         await run.reads_only_what_was_written("a move")
     else:
         await run.reads_whole("a move", scsi0=NO_TRACKING)
@@ -104,9 +128,14 @@ async def test_a_moved_disk_is_read_in_part_on_blockdev_and_whole_on_drive(
 async def test_a_new_disk_or_a_new_qemu_is_read_whole_and_the_reason_said(
     world: World,
 ) -> None:
-    run = await course(world, 140, "blockdev", "local")
-    both = {"scsi0": NO_TRACKING, "virtio1": NO_TRACKING}
+    first, second = await asyncio.gather(
+        course(world, 140, "blockdev", "local", bacula=1),
+        course(world, 150, "blockdev", "local", bacula=2),
+    )
+    await asyncio.gather(disks_are_new(first), contents_are_new(second))
 
+
+async def disks_are_new(run: Course) -> None:
     await run.api("PUT", "config", scsi2="local:0.0078125,format=raw")
     await run.write("scsi2", 0, MIB)
     await run.reads_whole("a disk was plugged in", scsi2=NO_TRACKING)
@@ -121,29 +150,33 @@ async def test_a_new_disk_or_a_new_qemu_is_read_whole_and_the_reason_said(
     await run.vm.start()
     assert not run.vm.modern
     await run.write("scsi0", 5 * MIB)
-    await run.reads_whole("kill -9, and another machine type", **both)
+    await run.reads_whole("kill -9, and another machine type", **BOTH)
+    await run.every_image_is_exact()
+    await run.vm.stop()
 
+
+async def contents_are_new(run: Course) -> None:
     await run.api("POST", "snapshot", snapname="before")
     await run.write("scsi0", 6 * MIB)
     await run.api("POST", "snapshot/before/rollback", start=1)
     await run.write("virtio1", 6 * MIB)
-    await run.reads_whole("a rollback", **both)
+    await run.reads_whole("a rollback", **BOTH)
 
     await run.api("DELETE", "snapshot/before")
-    await run.api("POST", "status/shutdown", forceStop=1, timeout=0)
+    await run.vm.stop()
     where = f"/@pve/restore_vmid={run.vmid},overwrite=yes"
-    newest = await world.restore(where=where, job=f"job{run.vmid}")
+    newest = await run.world.restore(where=where, job=f"job{run.vmid}")
     assert newest.termination == "Restore OK", newest.text
     await run.vm.start()
-    await run.reads_whole("a restore over it", **both)
+    await run.reads_whole("a restore over it", **BOTH)
 
     await run.vm.stop()
     await run.api("DELETE", "")
-    await world.site.create_vm(
+    await run.world.site.create_vm(
         run.vmid, {"agent": "0"}, disks={"scsi0": "24M", "virtio1": "12M"}
     )
     await run.vm.start()
     await run.write("scsi0", 5 * MIB)
-    await run.reads_whole("another VM got the id", **both)
+    await run.reads_whole("another VM got the id", **BOTH)
     await run.every_image_is_exact()
     await run.vm.stop()

@@ -83,10 +83,15 @@ class Midst(Course):
     result: JobResult
 
 
-@pytest.mark.parametrize(("layout", "vmid"), [("blockdev", 100), ("drive", 110)])
 async def test_resize_move_and_clean_up_in_the_middle_of_a_backup_end_no_qemu(
-    world: World, layout: str, vmid: int
+    world: World,
 ) -> None:
+    await asyncio.gather(
+        in_the_middle(world, "blockdev", 100, 1), in_the_middle(world, "drive", 110, 2)
+    )
+
+
+async def in_the_middle(world: World, layout: str, vmid: int, bacula: int) -> None:
     await world.site.create_vm(
         vmid,
         {"agent": "0", "machine": LAYOUTS[layout]},
@@ -95,7 +100,7 @@ async def test_resize_move_and_clean_up_in_the_middle_of_a_backup_end_no_qemu(
             "scsi1": f"local:{12 / 1024},format=raw",
         },
     )
-    run = Midst(world, vmid, "bwlimit=4M")
+    run = Midst(world, vmid, "bwlimit=4M", bacula)
     await run.begin()
     vm, pid = run.vm, run.vm.pid
     async with watched(vm) as watch:

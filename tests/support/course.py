@@ -36,6 +36,8 @@ class Course:
     world: World
     vmid: int
     options: str = ""
+    storage: int = 1
+    """Bacula's; courses that go on at once each need one of their own."""
     jobs: list[JobResult] = field(default_factory=list)
     _truths: list[dict[str, Path]] = field(default_factory=list)
     _fill: itertools.cycle[int] = field(
@@ -55,7 +57,8 @@ class Course:
         await self.vm.start()
         for key in self.keys():
             await self.write(key, 0, WRITTEN)
-        await self.world.add_job(f"job{self.vmid}", f"vmid={self.vmid} {self.options}")
+        text = f"vmid={self.vmid} {self.options}"
+        await self.world.add_job(f"job{self.vmid}", text, storage=self.storage)
         await self.job("Full")
 
     async def write(self, key: str, offset: int, length: int = 64 * KIB) -> None:
