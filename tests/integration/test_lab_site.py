@@ -542,6 +542,42 @@ async def test_two_sites_and_two_nodes_live_side_by_side(site: Site) -> None:
         assert node.pve_node == "b"
 
 
+async def test_a_migration_is_refused_as_pve_refuses_it_or_moves_the_vm() -> None:
+    async with Site(short_base(), nodes=("a", "b"), shared=("nas",)) as cluster:
+        vm = await cluster.create_vm(100, disks={"scsi0": "nas:0.0078125"})
+        await cluster.create_vm(101, disks={"scsi0": "8M"})
+        await vm.start()
+        await cluster.vm(101).start()
+        name = "root@pam!migrate"
+        secret = cluster.add_token(name, {"/": ["VM.Migrate"]})
+        api = Client(cluster, {"Authorization": f"PVEAPIToken={name}={secret}"})
+        call = "/nodes/a/qemu/{}/migrate?target={}&online={}"
+        for vmid, target, online, wanted, said in (
+            (100, "a", 1, 400, "Parameter verification failed."),
+            (100, "b", 0, 400, "Parameter verification failed."),
+            (100, "c", 1, 500, "no such cluster node 'c'"),
+        ):
+            status, text, _ = await api("POST", call.format(vmid, target, online))
+            assert (status, text) == (wanted, said)
+        vm.set(lock="backup")
+        status, text, _ = await api("POST", call.format(100, "b", 1))
+        assert (status, text) == (500, "VM is locked (backup)")
+        vm.set(lock=None)
+        _, _, body = await api("POST", call.format(101, "b", 1))
+        task = await cluster.tasks.wait(body["data"])
+        assert "can't migrate attached local disks" in str(task.exitstatus)
+        assert "lock" not in cluster.vm(101).conf.values
+        _, _, body = await api("POST", call.format(100, "b", 1))
+        task = await cluster.tasks.wait(body["data"])
+        assert task.exitstatus == "OK", task.lines
+        moved = cluster.vm(100)
+        assert moved.node.name == "b"
+        assert moved.running
+        assert not vm.machine.running
+        await moved.qemu_io("scsi0", "write -P 1 0 64k")
+        await moved.assert_clean()
+
+
 async def test_certificate_of_another_site_is_not_accepted(site: Site) -> None:
     wrong = ssl.create_default_context()
     with pytest.raises(ssl.SSLError):

@@ -13,6 +13,7 @@ its order, and may be cut off between any two steps. What is true for every hist
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from dataclasses import dataclass, field
@@ -117,6 +118,8 @@ class History(RuleBasedStateMachine):
         """When the newest job was started."""
         self.zone = 0
         self.disks: dict[str, Disk] = {}
+        self.memory: dict[str, Disk] = {}
+        """The disks of a snapshot with memory, which has their bitmaps too."""
         self.good: dict[str, list[Job]] = {name: [] for name in RESOURCES}
         self.disowned: dict[str, int] = dict.fromkeys(RESOURCES, -1)
 
@@ -183,6 +186,18 @@ class History(RuleBasedStateMachine):
     def power_cycle(self) -> None:
         for disk in self.disks.values():
             disk.bitmaps.clear()
+            disk.disturbed = self.tick()
+
+    @rule()
+    def snapshot_with_memory(self) -> None:
+        self.memory = copy.deepcopy(self.disks)
+
+    @precondition(lambda self: self.memory)
+    @rule()
+    def rollback_with_memory(self) -> None:
+        """Disks and bitmaps jump back together, the jobs stay."""
+        self.disks = copy.deepcopy(self.memory)
+        for disk in self.disks.values():
             disk.disturbed = self.tick()
 
     @rule(key=st.sampled_from(["scsi0", "scsi1"]), pick=st.integers(0, 20))

@@ -41,6 +41,8 @@ class BareQemu:
         self.base, self.layout, self.disks = base, layout, disks
         self.qmp_path = str(base / "100.qmp")
         self.guest_path = str(base / "guest.qmp")
+        self.more: list[str] = []
+        """More arguments for QEMU."""
 
     @property
     def volids(self) -> dict[str, str]:
@@ -98,6 +100,7 @@ class BareQemu:
                 *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
                 *("-qmp", f"unix:{self.guest_path},server=on,wait=off"),
                 *self.arguments(),
+                *self.more,
             ],
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
