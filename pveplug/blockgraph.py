@@ -34,21 +34,25 @@ PROTOCOLS: Final = frozenset(
 FILTERS: Final = ("throttle", "copy-before-write", "snapshot-access", "zeroinit")
 FLASH: Final = ("/machine/system.flash1", "/machine/virt.flash1")
 MARKER: Final = PREFIX + "paused"
+_NODES: Final = (f"{PREFIX}sc-", f"{PREFIX}cbw-", f"{PREFIX}sa-")
+_EXPORT: Final = f"{PREFIX}x-"
+_JOB: Final = f"{PREFIX}fl-"
 
 
 def node_names(key: str) -> tuple[str, str, str]:
     """Return the names of our scratch, filter and snapshot node of a disk."""
-    return f"{PREFIX}sc-{key}", f"{PREFIX}cbw-{key}", f"{PREFIX}sa-{key}"
+    scratch, filter_, access = _NODES
+    return scratch + key, filter_ + key, access + key
 
 
 def export_id(key: str) -> str:
     """Return the id of our NBD export of a disk."""
-    return f"{PREFIX}x-{key}"
+    return _EXPORT + key
 
 
 def fleece_job(key: str) -> str:
     """Return the id of our fleecing job of a disk."""
-    return f"{PREFIX}fl-{key}"
+    return _JOB + key
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +121,29 @@ class Graph:
     """node -> its ``file`` child, where QEMU says so (from 10.1, and PVE's 10.0)."""
 
     @property
+    def our_nodes(self) -> list[str]:
+        """Names of the nodes that a job of ours has added."""
+        return [n for n in self.nodes if n == MARKER or n.startswith(_NODES)]
+
+    @property
+    def our_exports(self) -> list[str]:
+        """Ids of the exports that a job of ours has added."""
+        return [n for n in self.exports if n.startswith(_EXPORT)]
+
+    @property
+    def our_jobs(self) -> list[str]:
+        """Ids of the fleecing jobs that a job of ours has started."""
+        return [n for n in self.jobs if n.startswith(_JOB)]
+
+    @property
     def ours(self) -> list[str]:
         """Names of nodes, exports and jobs that a job of ours has left."""
-        names = [n for n in self.nodes if n.startswith(PREFIX)]
-        names += [n for n in (*self.exports, *self.jobs) if n.startswith(PREFIX)]
-        return sorted(names)
+        return sorted([*self.our_nodes, *self.our_exports, *self.our_jobs])
 
     @property
     def foreign_exports(self) -> list[str]:
         """Exports of somebody else's NBD server use."""
-        return [n for n in self.exports if not n.startswith(PREFIX)]
+        return [n for n in self.exports if not n.startswith(_EXPORT)]
 
 
 def make_graph(

@@ -29,6 +29,7 @@ from pveplug.qmp import Qmp, VmGoneError, qmp_session
 
 log = logging.getLogger(__name__)
 
+SERVER: Final = "NBD server"
 BROKEN_S: Final = 5.0
 """How long a clean-up that lost its connection is begun anew."""
 DRAIN_TIMEOUT_S: Final = 25.0
@@ -46,6 +47,18 @@ async def query_graph(qmp: Qmp) -> Graph:
         jobs=await qmp.execute("query-jobs"),
         iothreads=await qmp.execute("query-iothreads"),
     )
+
+
+async def find_ours(qmp_path: str, nbd_socket: str) -> list[str]:
+    """Return what :func:`clean_up` would remove now; nothing is changed.
+
+    Raises:
+        VmGoneError, TransportError, QmpError: as there.
+    """
+    async with qmp_session(qmp_path) as qmp:
+        graph = await query_graph(qmp)
+    stops = listens(nbd_socket) and not graph.foreign_exports
+    return [*graph.ours, SERVER] if stops else graph.ours
 
 
 async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
@@ -84,19 +97,19 @@ async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
         graph = await query_graph(qmp)
         found = graph.ours
         await _resume(qmp, graph)
-        for name in graph.exports:
-            if name.startswith(PREFIX):
-                await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
-        for name in graph.jobs:
-            if name.startswith(PREFIX):
-                await _quietly(qmp, "job-cancel", {"id": name})
+        for name in graph.our_exports:
+            await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
+        for name in graph.our_jobs:
+            await _quietly(qmp, "job-cancel", {"id": name})
     graph = await _drained(qmp_path, graph)
     async with qmp_session(qmp_path) as qmp:
-        if listens(nbd_socket):
+        # Somebody else's export on our server would go with it.
+        if listens(nbd_socket) and not graph.foreign_exports:
             await _quietly(qmp, "nbd-server-stop", None)
-            found.append("NBD server")
+            found.append(SERVER)
         await _remove_nodes(qmp, graph)
-    _forget(nbd_socket)
+    if not listens(nbd_socket):
+        _forget(nbd_socket)
     if found:
         log.info("cleaned socket=%s found=%s", qmp_path, ",".join(found))
     return found
@@ -116,13 +129,13 @@ async def _drained(qmp_path: str, graph: Graph) -> Graph:
     try:
         async with asyncio.timeout(DRAIN_TIMEOUT_S):
             pause = 0.02
-            while any(n.startswith(PREFIX) for n in (*graph.exports, *graph.jobs)):
+            while graph.our_exports or graph.our_jobs:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.5)
                 async with qmp_session(qmp_path) as qmp:
                     graph = await query_graph(qmp)
     except TimeoutError as error:
-        left = [n for n in (*graph.exports, *graph.jobs) if n.startswith(PREFIX)]
+        left = [*graph.our_exports, *graph.our_jobs]
         raise IntegrityError(
             f"QEMU did not end {', '.join(left)} in {DRAIN_TIMEOUT_S:.0f} s"
         ) from error
@@ -130,7 +143,7 @@ async def _drained(qmp_path: str, graph: Graph) -> Graph:
 
 
 async def _remove_nodes(qmp: Qmp, graph: Graph) -> None:
-    names = [name for name in graph.nodes if name.startswith(PREFIX)]
+    names = graph.our_nodes
     for name in names:
         if name.startswith(f"{PREFIX}sa-"):
             await qmp.execute("blockdev-del", {"node-name": name})

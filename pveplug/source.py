@@ -130,6 +130,9 @@ class _Volumes:
         await self._local.activate(volid)
         return await self._local.volume_path(volid)
 
+    async def exists(self, volid: str) -> bool:
+        return await self._local.volume_exists(volid)
+
     async def free(self, volid: str) -> None:
         if await self._local.volume_exists(volid):
             await self._local.free_volume(volid)
@@ -461,9 +464,12 @@ class _Opener:
         self, stack: contextlib.AsyncExitStack, drive: Drive, whole: str
     ) -> ReadableDisk:
         """Serve a volume by qemu-nbd, read-only; always read whole."""
-        if await self._local.activate(drive.file):
+
+        def announce() -> None:
             self._journal.add("active", drive.file)
             stack.push_async_callback(self._deactivate, drive.file)
+
+        await self._local.activate(drive.file, announce)
         path = await self._local.volume_path(drive.file)
         size = None
         if drive.key.startswith("efidisk"):

@@ -206,9 +206,9 @@ def test_exports_and_jobs_of_ours_and_of_others_are_told_apart() -> None:
         [],
         [],
         exports=[{"id": "ph-x-scsi0"}, {"id": "drive-x"}],
-        jobs=[{"id": "ph-fl"}],
+        jobs=[{"id": "ph-fl-scsi0"}],
     )
-    assert found.ours == ["ph-fl", "ph-x-scsi0"]
+    assert found.ours == ["ph-fl-scsi0", "ph-x-scsi0"]
     assert found.foreign_exports == ["drive-x"]
 
 
