@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from pveplug import __version__
+from pveplug.ancestry import recall, remember
 from pveplug.access import check_version, choose_vms
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
@@ -42,6 +44,7 @@ from pveplug.images.manifest import (
     digest_file,
     image_file,
     job_directory,
+    vm_directory,
 )
 from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
@@ -289,6 +292,11 @@ class Backup:
             await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
         entries = [_entry(disk, "") for disk in disks]
         layout = self._manifest(opened, entries, level)
+        if layout.built_on is not None and layout.parent_manifest is None:
+            self._session.info(
+                f"VM {opened.vm.vmid}: this node does not know the manifest of job "
+                f"{layout.built_on}; this job's does not vouch for it"
+            )
         await self._send_file(opened, LAYOUT_FILE, layout.to_json())
 
     async def _send_papers(
@@ -304,6 +312,7 @@ class Backup:
             entries.append(_entry(disk, root))
         manifest = self._manifest(opened, entries, level)
         await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
+        self._remember(opened, manifest)
         maps = {disk.source.key: disk.clusters for disk in disks}
         for name, content in encode_objects(manifest, maps):
             await self._session.restore_object(name, content)
@@ -314,7 +323,7 @@ class Backup:
     def _manifest(
         self, opened: Opened, entries: list[DiskEntry], level: Level
     ) -> Manifest:
-        return Manifest(
+        made = Manifest(
             vmid=opened.vm.vmid,
             uuid=opened.uuid,
             vm_name=opened.vm.name,
@@ -336,6 +345,23 @@ class Backup:
             chain=chain_id(self._session.job.name),
             template=opened.vm.template,
         )
+        if made.built_on is None:
+            return made
+        vm = _vm_name(opened)
+        digest = recall(self._node.state_dir, vm, made.chain, made.built_on)
+        return dataclasses.replace(made, parent_manifest=digest)
+
+    def _remember(self, opened: Opened, manifest: Manifest) -> None:
+        """Keep this manifest's digest for the next job; without it that one says so."""
+        vm, state_dir = _vm_name(opened), self._node.state_dir
+        try:
+            remember(state_dir, vm, manifest.chain, manifest.job, manifest.digest)
+        except OSError as error:
+            self._session.warning(
+                f"VM {opened.vm.vmid}: cannot write below {state_dir}/manifests: "
+                f"{error.strerror or error}; the next job's manifest will not vouch "
+                "for this one. Remedy: make room there"
+            )
 
     async def _send_file(self, opened: Opened, name: str, content: bytes) -> None:
         info = FileInfo(
@@ -345,6 +371,10 @@ class Backup:
         async with self._session.file(info, offsets=False) as out:
             await out.write(0, content)
         self._streaming = False
+
+
+def _vm_name(opened: Opened) -> str:
+    return vm_directory(opened.vm.vmid, opened.uuid).rsplit("/", 1)[-1]
 
 
 def _entry(disk: _Disk, root: str) -> DiskEntry:
