@@ -24,8 +24,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from pveplug import __version__
-from pveplug.ancestry import recall, remember
 from pveplug.access import check_version, choose_vms
+from pveplug.ancestry import recall, remember
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
@@ -183,11 +183,11 @@ class Backup:
                     self._config.capture.progress_interval,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
-                await self._send_description(opened, disks, level)
+                layout = await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
-            await self._send_papers(opened, disks, level)
+            await self._send_papers(opened, disks, layout)
         self._session.info(
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
@@ -285,12 +285,15 @@ class Backup:
 
     async def _send_description(
         self, opened: Opened, disks: list[_Disk], level: Level
-    ) -> None:
-        """Send what a restore without the catalogue's objects must know first."""
+    ) -> Manifest:
+        """Send what a restore without the catalogue's objects must know first.
+
+        Returns: the manifest as it is known without the digests' roots.
+        """
         await self._send_file(opened, CONFIG_FILE, opened.config_text.encode())
         if opened.firewall is not None:
             await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
-        entries = [_entry(disk, "") for disk in disks]
+        entries = [_entry(disk) for disk in disks]
         layout = self._manifest(opened, entries, level)
         if layout.built_on is not None and layout.parent_manifest is None:
             self._session.info(
@@ -298,25 +301,26 @@ class Backup:
                 f"{layout.built_on}; this job's does not vouch for it"
             )
         await self._send_file(opened, LAYOUT_FILE, layout.to_json())
+        return layout
 
     async def _send_papers(
-        self, opened: Opened, disks: list[_Disk], level: Level
+        self, opened: Opened, disks: list[_Disk], layout: Manifest
     ) -> None:
         """Send what is known once all is read, and what the catalogue shall keep."""
         entries = []
-        for disk in disks:
+        for disk, entry in zip(disks, layout.disks, strict=True):
             root = ""
             if disk.digest is not None:
                 sidecar, root = disk.digest.finish()
                 await self._send_file(opened, digest_file(disk.source.key), sidecar)
-            entries.append(_entry(disk, root))
-        manifest = self._manifest(opened, entries, level)
+            entries.append(dataclasses.replace(entry, digest_root=root))
+        manifest = dataclasses.replace(layout, disks=tuple(entries))
         await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
         self._remember(opened, manifest)
         maps = {disk.source.key: disk.clusters for disk in disks}
         for name, content in encode_objects(manifest, maps):
             await self._session.restore_object(name, content)
-        if level.letter == "F" and not self._offered:
+        if manifest.level == "F" and not self._offered:
             await self._session.plugin_config("pveplug.ini", restore_template())
             self._offered = True
 
@@ -377,7 +381,7 @@ def _vm_name(opened: Opened) -> str:
     return vm_directory(opened.vm.vmid, opened.uuid).rsplit("/", 1)[-1]
 
 
-def _entry(disk: _Disk, root: str) -> DiskEntry:
+def _entry(disk: _Disk) -> DiskEntry:
     source = disk.source
     return DiskEntry(
         key=source.key,
@@ -392,7 +396,6 @@ def _entry(disk: _Disk, root: str) -> DiskEntry:
         reason=source.whole or "",
         data_bytes=disk.clusters.data_bytes,
         zero_bytes=disk.clusters.zero_bytes,
-        digest_root=root,
     )
 
 
