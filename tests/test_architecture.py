@@ -37,8 +37,8 @@ LAYERS: Final = {
     "policy": {"values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {"config", "parameters", "pluginstring", "manual"},
     "chapters": {"source", "access", "restore_vm"},
-    "engines": {"backup", "restore", "estimate"},
-    "top": {"", "__main__", "cli", "backend", "library"},
+    "engines": {"backup", "restore", "estimate", "verify"},
+    "top": {"", "__main__", "cli", "backend", "library", "command_verify"},
 }
 ADAPTERS: Final = "adapters"
 _BELOW: Final = {ADAPTERS, "configuration", "policy", "proto", "images", "foundation"}

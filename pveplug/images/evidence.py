@@ -123,7 +123,8 @@ class JobEvidence:
         known: its manifest as the catalogue has it.
 
     Every method that adds raises IntegrityError at the first contradiction; the text
-    begins with the job and names the file.
+    begins with the job and names the file. What contradicted is then as if it had not
+    been added: it may be the others' turn to be judged.
     """
 
     def __init__(self, directory: str, known: Manifest | None = None) -> None:
@@ -159,6 +160,7 @@ class JobEvidence:
 
     def paper(self, paper: Paper) -> None:
         """Add a small file."""
+        before = self.manifest, self.layout
         try:
             if paper.file == MANIFEST_FILE:
                 self.manifest = Manifest.from_json(paper.content)
@@ -167,12 +169,21 @@ class JobEvidence:
         except IntegrityError as error:
             raise self._error(paper.file, str(error)) from error
         self._papers[paper.file] = paper.digest
-        self._check()
+        try:
+            self._check()
+        except IntegrityError:
+            self.manifest, self.layout = before
+            del self._papers[paper.file]
+            raise
 
     def image(self, key: str, root: str) -> None:
         """Add the digests' root of an image as it was read to its end."""
         self._roots[key] = root
-        self._check()
+        try:
+            self._check()
+        except IntegrityError:
+            del self._roots[key]
+            raise
 
     def _error(self, file: str, text: str) -> IntegrityError:
         return IntegrityError(f"job {self.job}: {file}: {text}")

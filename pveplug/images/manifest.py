@@ -190,6 +190,8 @@ class Manifest:
         """
         if len(text) > MAX_JSON:
             raise IntegrityError(f"manifest: {len(text)} bytes are too many")
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        sealed_text = _proves_itself(raw)
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -205,7 +207,8 @@ class Manifest:
                 "restore with a newer one"
             )
         if version >= 2:
-            _check_self(text.encode() if isinstance(text, str) else text)
+            if not sealed_text:
+                raise IntegrityError("manifest: it does not end with its own digest")
             del values["self"]
         entries = values.get("disks", [])
         if not isinstance(entries, list):
@@ -229,15 +232,18 @@ def sealed(values: Mapping[str, object]) -> bytes:
     return body + b',\n "self": "%b"' % text_digest(body).encode() + _END
 
 
-def _check_self(text: bytes) -> None:
-    """Compare a manifest's text with the digest it ends with."""
+def _proves_itself(text: bytes) -> bool:
+    """Whether a manifest's text ends with its own digest; version 1 has none.
+
+    Raises:
+        IntegrityError: it ends with another digest.
+    """
     found = _SELF.search(text)
-    if not found:
-        raise IntegrityError("manifest: it does not end with its own digest")
-    if text_digest(text[: found.start()]) != found[1].decode():
+    if found and text_digest(text[: found.start()]) != found[1].decode():
         raise IntegrityError(
             "manifest: its text is not what was stored: its own digest differs"
         )
+    return found is not None
 
 
 def _disk(values: object) -> DiskEntry:
