@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,7 @@ FIREWALL = "[OPTIONS]\nenable: 1\n"
 class StoredFile:
     """One file of a job: its pieces as they were sent, and its attributes' size."""
 
-    pieces: list[Piece]
+    pieces: list[Piece] = field(repr=False)
     size: int
 
 
@@ -49,7 +50,7 @@ class StoredJob:
 
     manifest: Manifest
     files: dict[str, StoredFile]
-    objects: list[bytes]
+    objects: list[bytes] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class StoredChain:
     """Jobs, oldest first, and what the disks held at the last of them."""
 
     jobs: list[StoredJob] = field(default_factory=list)
-    truth: dict[str, bytes] = field(default_factory=dict)
+    truth: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def write(self, folder: Path) -> list[Path]:
         """Write the files as a restore by Bacula alone does; return the jobs' homes."""
@@ -105,11 +106,8 @@ def a_chain(
             chain.truth[key] = disk
             backing = backing_name(parent.job, key) if parent and not alone else None
             writer = Qcow2StreamWriter(clusters, backing=backing)
-            pieces = list(
-                without_zeroes(
-                    pieces_of(writer, lambda at, n, disk=disk: disk[at : at + n]), 512
-                )
-            )
+            sent = pieces_of(writer, lambda at, n, disk=disk: disk[at : at + n])
+            pieces = _joined(without_zeroes(sent, 512))
             images[image_file(key)] = StoredFile(pieces, writer.file_size)
             maps[key] = clusters
             entry = DiskEntry(
@@ -148,6 +146,18 @@ def a_chain(
         chain.jobs.append(StoredJob(manifest, files, blobs))
         parent = manifest
     return chain
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Join pieces that touch, up to a cluster, as a sender does."""
+    joined: list[Piece] = []
+    for at, piece in pieces:
+        last, before = joined[-1] if joined else (0, b"")
+        if joined and last + len(before) == at and at % CLUSTER:
+            joined[-1] = (last, before + piece)
+        else:
+            joined.append((at, piece))
+    return joined
 
 
 def _small(content: bytes) -> StoredFile:
