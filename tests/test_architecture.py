@@ -4,7 +4,7 @@
 Imports point down only::
 
     cli, backend, library
-      └─ engines: backup, restore, estimate     each tells one story, alone
+      └─ engines: backup, restore, estimate, verify   each tells one story, alone
           └─ chapters                            what several of the stories tell
               ├─ configuration                   what a job was told
               └─ adapters                        plain arguments; all the rest
