@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 
 from pveplug import __version__
 from pveplug.access import check_version, choose_vms
+from pveplug.ancestry import recall, remember
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
@@ -42,6 +44,7 @@ from pveplug.images.manifest import (
     digest_file,
     image_file,
     job_directory,
+    vm_directory,
 )
 from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
@@ -180,11 +183,11 @@ class Backup:
                     self._config.capture.progress_interval,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
-                await self._send_description(opened, disks, level)
+                layout = await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
-            await self._send_papers(opened, disks, level)
+            await self._send_papers(opened, disks, layout)
         self._session.info(
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
@@ -282,39 +285,49 @@ class Backup:
 
     async def _send_description(
         self, opened: Opened, disks: list[_Disk], level: Level
-    ) -> None:
-        """Send what a restore without the catalogue's objects must know first."""
+    ) -> Manifest:
+        """Send what a restore without the catalogue's objects must know first.
+
+        Returns: the manifest as it is known without the digests' roots.
+        """
         await self._send_file(opened, CONFIG_FILE, opened.config_text.encode())
         if opened.firewall is not None:
             await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
-        entries = [_entry(disk, "") for disk in disks]
+        entries = [_entry(disk) for disk in disks]
         layout = self._manifest(opened, entries, level)
+        if layout.built_on is not None and layout.parent_manifest is None:
+            self._session.info(
+                f"VM {opened.vm.vmid}: this node does not know the manifest of job "
+                f"{layout.built_on}; this job's does not vouch for it"
+            )
         await self._send_file(opened, LAYOUT_FILE, layout.to_json())
+        return layout
 
     async def _send_papers(
-        self, opened: Opened, disks: list[_Disk], level: Level
+        self, opened: Opened, disks: list[_Disk], layout: Manifest
     ) -> None:
         """Send what is known once all is read, and what the catalogue shall keep."""
         entries = []
-        for disk in disks:
+        for disk, entry in zip(disks, layout.disks, strict=True):
             root = ""
             if disk.digest is not None:
                 sidecar, root = disk.digest.finish()
                 await self._send_file(opened, digest_file(disk.source.key), sidecar)
-            entries.append(_entry(disk, root))
-        manifest = self._manifest(opened, entries, level)
+            entries.append(dataclasses.replace(entry, digest_root=root))
+        manifest = dataclasses.replace(layout, disks=tuple(entries))
         await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
+        self._remember(opened, manifest)
         maps = {disk.source.key: disk.clusters for disk in disks}
         for name, content in encode_objects(manifest, maps):
             await self._session.restore_object(name, content)
-        if level.letter == "F" and not self._offered:
+        if manifest.level == "F" and not self._offered:
             await self._session.plugin_config("pveplug.ini", restore_template())
             self._offered = True
 
     def _manifest(
         self, opened: Opened, entries: list[DiskEntry], level: Level
     ) -> Manifest:
-        return Manifest(
+        made = Manifest(
             vmid=opened.vm.vmid,
             uuid=opened.uuid,
             vm_name=opened.vm.name,
@@ -336,6 +349,23 @@ class Backup:
             chain=chain_id(self._session.job.name),
             template=opened.vm.template,
         )
+        if made.built_on is None:
+            return made
+        vm = _vm_name(opened)
+        digest = recall(self._node.state_dir, vm, made.chain, made.built_on)
+        return dataclasses.replace(made, parent_manifest=digest)
+
+    def _remember(self, opened: Opened, manifest: Manifest) -> None:
+        """Keep this manifest's digest for the next job; without it that one says so."""
+        vm, state_dir = _vm_name(opened), self._node.state_dir
+        try:
+            remember(state_dir, vm, manifest.chain, manifest.job, manifest.digest)
+        except OSError as error:
+            self._session.warning(
+                f"VM {opened.vm.vmid}: cannot write below {state_dir}/manifests: "
+                f"{error.strerror or error}; the next job's manifest will not vouch "
+                "for this one. Remedy: make room there"
+            )
 
     async def _send_file(self, opened: Opened, name: str, content: bytes) -> None:
         info = FileInfo(
@@ -347,7 +377,11 @@ class Backup:
         self._streaming = False
 
 
-def _entry(disk: _Disk, root: str) -> DiskEntry:
+def _vm_name(opened: Opened) -> str:
+    return vm_directory(opened.vm.vmid, opened.uuid).rsplit("/", 1)[-1]
+
+
+def _entry(disk: _Disk) -> DiskEntry:
     source = disk.source
     return DiskEntry(
         key=source.key,
@@ -362,7 +396,6 @@ def _entry(disk: _Disk, root: str) -> DiskEntry:
         reason=source.whole or "",
         data_bytes=disk.clusters.data_bytes,
         zero_bytes=disk.clusters.zero_bytes,
-        digest_root=root,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from cryptography import x509
 
-from pveplug import __version__, command_repair
+from pveplug import __version__, command_repair, command_verify
 from pveplug.config import level_warning, parse_backup, parse_restore, shown
 from pveplug.errors import ConfigError, PveplugError, TransportError
 from pveplug.manual import explain
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return command_repair.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
+            case "verify":
+                return command_verify.run(arguments)
     except ConfigError as error:
         return _failed(error, EX_CONFIG)
     except PveplugError as error:
@@ -114,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "pins the certificate the host presents.",
     )
     pin.add_argument("host", metavar="HOST[:PORT]", help="port 8006 by default")
-    command_repair.add_parser(commands)
     pin.add_argument("--timeout", type=float, default=_PIN_TIMEOUT_S, metavar="SECONDS")
+    command_repair.add_parser(commands)
+    command_verify.add_parser(commands)
     return parser
 
 
