@@ -15,7 +15,7 @@ from typing import Final
 
 from cryptography import x509
 
-from pveplug import __version__
+from pveplug import __version__, command_bitmaps
 from pveplug.config import level_warning, parse_backup, parse_restore, shown
 from pveplug.errors import ConfigError, PveplugError, TransportError
 from pveplug.manual import explain
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _help(parser, arguments.topic, arguments.names)
             case "check-config":
                 return _check_config(arguments)
+            case "bitmaps":
+                return command_bitmaps.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
     except ConfigError as error:
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     pin.add_argument("host", metavar="HOST[:PORT]", help="port 8006 by default")
     pin.add_argument("--timeout", type=float, default=_PIN_TIMEOUT_S, metavar="SECONDS")
+    command_bitmaps.add_parser(commands)
     return parser
 
 

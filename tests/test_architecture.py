@@ -38,7 +38,7 @@ LAYERS: Final = {
     "configuration": {"config", "parameters", "pluginstring", "manual"},
     "chapters": {"source", "access", "restore_vm"},
     "engines": {"backup", "restore", "estimate"},
-    "top": {"", "__main__", "cli", "backend", "library"},
+    "top": {"", "__main__", "cli", "command_bitmaps", "backend", "library"},
 }
 ADAPTERS: Final = "adapters"
 _BELOW: Final = {ADAPTERS, "configuration", "policy", "proto", "images", "foundation"}
