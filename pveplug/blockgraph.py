@@ -8,7 +8,9 @@ Both layouts of Proxmox VE exist side by side on one node::
       └ f<hash>  qcow2|raw  <- below          └ #block142 qcow2|raw  <- top = below
           └ e<hash> file                          └ #block012 file
 
-*top* carries our segments; *below* is what a filter or a fleecing job goes on. Node
+*top* carries volatile segments; *below* is what a filter or a fleecing job goes on, and
+carries persistent ones, which only a qcow2 node can store (*image*: below it where a
+disk that was moved while it ran still has ``zeroinit`` there). Node
 names are never remembered between jobs: a move or a restart changes them. These are
 pure functions over the JSON of ``query-block`` and ``query-named-block-nodes``.
 """
@@ -21,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pveplug.cbt import PREFIX, Bitmap
+from pveplug.cbt import PREFIX, Bitmap, Tracked
 from pveplug.errors import IntegrityError
 
 Json = Mapping[str, Any]
@@ -69,6 +71,11 @@ class DiskNode:
     bitmaps: tuple[Bitmap, ...]
     inserted: Json
     """The drive's entry in ``query-block``."""
+    image: str = ""
+    """The node of the image's format."""
+    image_bitmaps: tuple[Bitmap, ...] = ()
+    volatile_because: str = ""
+    """Why its bitmaps can't be persistent; empty: they can."""
 
     @property
     def is_flash(self) -> bool:
@@ -79,6 +86,19 @@ class DiskNode:
     def qom_path(self) -> str:
         """The device whose ``drive`` property names the root node (-drive layout)."""
         return f"/machine/peripheral/{self.key}"
+
+    def tracked(self, home: str) -> Tracked:
+        """Return the disk as its segments see it.
+
+        Args:
+            home: of its persistent segments; empty: they are to be volatile.
+        """
+        if self.image == self.top:
+            return Tracked(self.size, self.bitmaps, home)
+        here, elsewhere = self.bitmaps, self.image_bitmaps
+        if home:
+            here, elsewhere = elsewhere, here
+        return Tracked(self.size, here, home, elsewhere)
 
     def reopen(self, child: str) -> dict[str, Any]:
         """Return the options that put ``child`` under this disk's throttle node."""
@@ -206,16 +226,46 @@ def find_disks(graph: Graph, volids: Mapping[str, str]) -> dict[str, DiskNode]:
                 f"a copy-before-write filter ({top}) is on {key}; another backup is "
                 "running, or its left-overs could not be removed"
             )
+        below = below_throttle(graph, top, key, volids[key]) if blockdev else top
+        image = _below_zeroinit(graph, below)
+        node = graph.nodes.get(image, inserted if image == top else {})
         disks[key] = DiskNode(
             key=key,
             blockdev=blockdev,
             top=top,
-            below=below_throttle(graph, top, key, volids[key]) if blockdev else top,
+            below=below,
             size=int(inserted["image"]["virtual-size"]),
             bitmaps=_bitmaps(graph.nodes.get(top, inserted)),
             inserted=inserted,
+            image=image,
+            image_bitmaps=_bitmaps(node),
+            volatile_because=_volatile_because(node),
         )
     return disks
+
+
+def _below_zeroinit(graph: Graph, below: str) -> str:
+    child = graph.children.get(below)
+    zeroinit = graph.nodes.get(below, {}).get("drv") == "zeroinit"
+    return child if zeroinit and child else below
+
+
+def _volatile_because(node: Json) -> str:
+    """Return why a format node can't store bitmaps of ours; empty when it can."""
+    if node.get("drv") != "qcow2":
+        return f"a {node.get('drv', 'unknown')} image can't hold persistent bitmaps"
+    if node.get("ro"):
+        return "a read-only image can't hold persistent bitmaps"
+    image = node.get("image", {})
+    details = image.get("format-specific", {}).get("data", {})
+    if details.get("compat") == "0.10":
+        return (
+            "a qcow2 image of compat 0.10 can't hold persistent bitmaps "
+            "(qemu-img amend -o compat=1.1 while the VM is stopped)"
+        )
+    if details.get("data-file"):
+        return "a qcow2 image with a data file isn't trusted with persistent bitmaps"
+    return ""
 
 
 def below_throttle(graph: Graph, top: str, key: str, volid: str) -> str:
@@ -301,6 +351,7 @@ def _bitmaps(node: Json) -> tuple[Bitmap, ...]:
             inconsistent=bool(bitmap.get("inconsistent")),
             granularity=int(bitmap["granularity"]),
             count=int(bitmap["count"]),
+            persistent=bool(bitmap.get("persistent")),
         )
         for bitmap in node.get("dirty-bitmaps", ())
         if bitmap.get("name")  # filters and jobs have unnamed ones of their own

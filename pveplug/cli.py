@@ -15,7 +15,7 @@ from typing import Final
 
 from cryptography import x509
 
-from pveplug import __version__, command_repair, command_verify
+from pveplug import __version__, command_bitmaps, command_repair, command_verify
 from pveplug.config import level_warning, parse_backup, parse_restore, shown
 from pveplug.errors import ConfigError, PveplugError, TransportError
 from pveplug.manual import explain
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _check_config(arguments)
             case "repair":
                 return command_repair.run(arguments)
+            case "bitmaps":
+                return command_bitmaps.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
             case "verify":
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     pin.add_argument("--timeout", type=float, default=_PIN_TIMEOUT_S, metavar="SECONDS")
     command_repair.add_parser(commands)
     command_verify.add_parser(commands)
+    command_bitmaps.add_parser(commands)
     return parser
 
 

@@ -120,7 +120,7 @@ class Capture:
     fleecing_storage: str | None = None
     scratch_dir: str = ""
     cbw_timeout: int = 10
-    cbt: Literal["auto", "off"] = "auto"
+    cbt: Literal["on", "persistent", "off"] = "on"
     lock_wait: int = 60
     max_parallel_disks: int = 2
     bwlimit: int = 0

@@ -135,6 +135,12 @@ class PveLocal:
         argv = [self.node.qm, "config", str(vmid), "--current"]
         return parse_qm_config(await self._run(argv))
 
+    async def vmids(self) -> list[int]:
+        """Return the ids of this node's VMs."""
+        listed = await self._run([self.node.qm, "list"])
+        words = (line.split() for line in listed.split("\n"))
+        return sorted(int(row[0]) for row in words if row and row[0].isdigit())
+
     async def vm_lock(self, vmid: int) -> str:
         """Return the name of the VM's lock, or an empty text."""
         return (await self.config(vmid)).lock

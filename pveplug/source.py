@@ -14,10 +14,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pveplug.cbt import Level
+from pveplug.cbt import Level, home_id
 from pveplug.config import Capture
 from pveplug.errors import (
     IntegrityError,
@@ -107,6 +107,20 @@ class _Agent:
 
     async def thaw(self) -> int:
         return await self.api.fsfreeze_thaw(self.node, self.vmid)
+
+
+def segment_homes(
+    capture: Capture, vmid: int, config: Mapping[str, str], keys: Iterable[str]
+) -> dict[str, str]:
+    """Return the homes of the disks whose segments are to survive a stop.
+
+    Args:
+        config: the VM's configuration in force.
+    """
+    if capture.cbt != "persistent":
+        return {}
+    uuid, generation = smbios_uuid(config) or "", config.get("vmgenid", "")
+    return {key: home_id(vmid, uuid, generation, key) for key in keys}
 
 
 class _Volumes:
@@ -260,7 +274,8 @@ class _Opener:
             Options(
                 mechanism=self._capture.mechanism,
                 cbw_timeout_s=self._capture.cbw_timeout,
-                cbt=self._capture.cbt == "auto",
+                cbt=self._capture.cbt != "off",
+                homes=segment_homes(self._capture, vmid, config, drives),
             ),
         )
         self._journal.note(touched=True, nbd_socket=nbd_socket)
@@ -271,6 +286,8 @@ class _Opener:
             )
         for note in point.notes:
             self._say.info(f"VM {vmid}: {note}")
+        if point.persistent:
+            await self._warn_of_rollback(point.persistent)
         if point.missing:
             raise JobError(
                 "QEMU has no such disk, though the VM's configuration names it "
@@ -302,6 +319,26 @@ class _Opener:
             )
         if point.mechanism == "fleece":
             opened.watched = set(scratch.watched)
+
+    async def _warn_of_rollback(self, disks: list[str]) -> None:
+        """Say what persistent bitmaps do to Proxmox VE's rollback."""
+        remedy = (
+            f"Before 'qm rollback {self._vmid} …': pveplug bitmaps drop "
+            f"--vmid {self._vmid}; the next backup then reads the disks whole"
+        )
+        images = f"bitmaps in the images of {', '.join(disks)} (cbt=persistent)"
+        snapshots = await self._api.snapshots(self._here, self._vmid)
+        if snapshots:
+            self._say.warning(
+                f"VM {self._vmid} has snapshots ({', '.join(snapshots)}) and {images}: "
+                "Proxmox VE's rollback fails on such an image and leaves the VM "
+                f"locked. {remedy}"
+            )
+            return
+        self._say.info(
+            f"VM {self._vmid}: {images}; they keep Proxmox VE from rolling back. "
+            f"{remedy}"
+        )
 
     async def _at_one_instant(
         self,

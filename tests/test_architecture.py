@@ -42,6 +42,7 @@ LAYERS: Final = {
         "",
         "__main__",
         "cli",
+        "command_bitmaps",
         "command_repair",
         "command_verify",
         "backend",

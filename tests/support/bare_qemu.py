@@ -145,7 +145,14 @@ class BareQemu:
             names += [e["id"] for e in self.command(query)]  # type: ignore[attr-defined]
         return [n for n in names if n.startswith("ph-")]
 
+    def quit(self) -> None:
+        """Have it end by itself, as a VM that is shut down."""
+        self.command("quit")
+        self.process.wait(20)
+        self.stop()
+
     def stop(self) -> None:
+        """Kill it."""
         self._file.close()
         self._guest.close()
         self.process.kill()
