@@ -119,7 +119,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
-        _sync(self._path.parent)
+        sync_directory(self._path.parent)
 
     def close(self) -> None:
         """Nothing is left to undo."""
@@ -127,7 +127,7 @@ class Journal:
         _unlink(self._path)
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Have a rename survive a power failure."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
