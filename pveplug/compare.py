@@ -44,20 +44,23 @@ class _GiveBack:
         self._client = client
         self._shortest = max(TRIM_AHEAD, client.size // TRIM_RUNS)
         self._step = max(TRIM_STEP, self._shortest)
-        self._first = self._end = 0
+        self._run = 0  # where the present run began
+        self._first = self._end = 0  # what of it is still to be given back
 
     async def unchanged(self, cluster: int) -> None:
         """Add a cluster; they rise."""
-        if cluster != self._end or (self._end - self._first) * CLUSTER >= self._step:
+        if cluster != self._end:
             await self.flush()
-            self._first = cluster
+            self._run = self._first = cluster
         self._end = cluster + 1
+        if (self._end - self._first) * CLUSTER >= self._step:
+            await self.flush()
 
     async def flush(self) -> None:
         start, end = self._first * CLUSTER, min(self._end * CLUSTER, self._client.size)
-        self._first = self._end
-        if end - start >= self._shortest:
+        if start < end and end - self._run * CLUSTER >= self._shortest:
             await trim_range(self._client, start, end - start)
+            self._first = self._end
 
 
 async def compare(

@@ -34,8 +34,8 @@ PAPERS = 300 * KiB
 """What a job carries beside the disks' clusters: configuration, manifest, tables."""
 COMPARED = re.compile(
     r"VM \d+ scsi0: whole \((?P<why>.+)\), compared with the digests of "
-    r"(?P<parent>\S+); (?P<mechanism>\S+); .*compared (?P<compared>.+?), dirty (?P<dirty>.+?), "
-    r"read (?P<read>.+?), sent (?P<sent>.+?), "
+    r"(?P<parent>\S+); (?P<mechanism>\S+); .*compared (?P<compared>.+?), "
+    r"dirty (?P<dirty>.+?), read (?P<read>.+?), sent (?P<sent>.+?), "
 )
 
 
