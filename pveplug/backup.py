@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pveplug import __version__
 from pveplug.access import check_version, choose_vms
@@ -29,7 +29,13 @@ from pveplug.ancestry import recall, remember
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
-from pveplug.diskstream import DiskStream, RateLimit, give_back_unread, scan
+from pveplug.diskstream import (
+    DiskStream,
+    Progress,
+    RateLimit,
+    give_back_unread,
+    scan,
+)
 from pveplug.errors import JobError, NbdError, PveplugError, TransportError
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
@@ -50,13 +56,14 @@ from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
 from pveplug.node import Node
 from pveplug.parameters import restore_template
-from pveplug.progress import reporting, summary
+from pveplug.progress import comparing, reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from pveplug.scratch import watch
 from pveplug.selection import VmSummary
 from pveplug.source import Opened, ReadableDisk, open_vm
 from pveplug.tasks import first_failure
+from pveplug.tier import Tier
 from pveplug.units import KiB
 from pveplug.vmhold import held
 
@@ -74,6 +81,8 @@ class _Disk:
     clusters: ClusterMap
     digest: DigestWriter | None
     stream: DiskStream
+    compared: Progress | None = None
+    """What it was compared for with digests, where it was."""
     began: float = 0.0
     seconds: float = 0.0
 
@@ -168,19 +177,29 @@ class Backup:
         return (await self._api.vm_config(self._here, vm.vmid)).lock
 
     async def _send_vm(self, opened: Opened, level: Level) -> None:
+        vmid, every_s = opened.vm.vmid, self._config.capture.progress_interval
+        tier = Tier(
+            self._node.state_dir, vmid, self._session.job.name, level, self._session
+        )
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(tier.drop)
+            if self._config.capture.compare:
+                await tier.open(opened.uuid)
             async with first_failure() as tasks:
                 side = []
                 if opened.watched:
                     # From the first moment: the guest's writes depend on it.
-                    watching = watch(opened.vm.vmid, opened.watched)
+                    watching = watch(vmid, opened.watched)
                     side.append(tasks.create_task(watching, name="scratch"))
-                disks = await self._scan_all(opened, stack)
+                told = comparing(self._session, f"VM {vmid}", tier.progress, every_s)
+                side.append(tasks.create_task(told, name="comparing"))
+                disks = await self._scan_all(opened, tier, stack)
+                side.pop().cancel()
                 progress = reporting(
                     self._session,
-                    f"VM {opened.vm.vmid}",
+                    f"VM {vmid}",
                     [(disk.source.key, disk.stream.progress) for disk in disks],
-                    self._config.capture.progress_interval,
+                    every_s,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
                 layout = await self._send_description(opened, disks, level)
@@ -188,20 +207,21 @@ class Backup:
                 for task in side:
                     task.cancel()
             await self._send_papers(opened, disks, layout)
+            await tier.keep([disk.source.key for disk in disks])
         self._session.info(
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
         )
 
     async def _scan_all(
-        self, opened: Opened, stack: contextlib.AsyncExitStack
+        self, opened: Opened, tier: Tier, stack: contextlib.AsyncExitStack
     ) -> list[_Disk]:
-        """Look at every disk, a few at a time; nothing is read yet."""
+        """Look at every disk, a few at a time; only what is compared is read."""
         some = asyncio.Semaphore(self._config.capture.max_parallel_disks)
 
         async def one(
             source: ReadableDisk,
-        ) -> tuple[ReadableDisk, NbdClient, ClusterMap]:
+        ) -> tuple[ReadableDisk, NbdClient, ClusterMap, Progress | None]:
             async with some, _named(opened, source, "scan"):
                 contexts = ["base:allocation"]
                 if source.context:
@@ -222,13 +242,21 @@ class Backup:
                 )
                 if source.trim:
                     await give_back_unread(client, clusters)
-                return source, client, clusters
+            if not source.whole:
+                return source, client, clusters, None
+            async with some, _named(opened, source, "compare"):
+                changes = await tier.changes(
+                    source.key, client, clusters, trim=source.trim, limit=self._limit
+                )
+            if changes is None:
+                return source, client, clusters, None
+            return replace(source, parent_job=tier.parent), client, *changes
 
         async with first_failure() as tasks:
             found = [tasks.create_task(one(source)) for source in opened.disks]
         disks = []
         for task in found:
-            source, client, clusters = task.result()
+            source, client, clusters, compared = task.result()
             backing = (
                 backing_name(source.parent_job, source.key)
                 if source.parent_job
@@ -244,9 +272,12 @@ class Backup:
                 trim=source.trim,
                 limit=self._limit,
                 digest=digest,
+                leaves=tier.record(
+                    source.key, clusters, source.parent_job, opened.started
+                ),
             )
             stack.push_async_callback(stream.aclose)
-            disks.append(_Disk(source, client, clusters, digest, stream))
+            disks.append(_Disk(source, client, clusters, digest, stream, compared))
         return disks
 
     async def _send_disks(self, opened: Opened, disks: list[_Disk]) -> None:
@@ -277,6 +308,7 @@ class Backup:
                     disk.stream.progress,
                     opened.consistency,
                     disk.seconds,
+                    disk.compared,
                 )
             )
 
@@ -392,7 +424,7 @@ def _entry(disk: _Disk) -> DiskEntry:
         backing=backing_name(source.parent_job, source.key)
         if source.parent_job
         else None,
-        mechanism=source.mechanism,
+        mechanism=source.mechanism + ("+digests" if disk.compared else ""),
         reason=source.whole or "",
         data_bytes=disk.clusters.data_bytes,
         zero_bytes=disk.clusters.zero_bytes,

@@ -121,6 +121,7 @@ class Capture:
     scratch_dir: str = ""
     cbw_timeout: int = 10
     cbt: Literal["on", "persistent", "off"] = "on"
+    compare: bool = True
     lock_wait: int = 60
     max_parallel_disks: int = 2
     bwlimit: int = 0

@@ -126,7 +126,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
-        _sync(self._path.parent)
+        sync_directory(self._path.parent)
 
     def close(self) -> None:
         """Nothing is left to undo, but for a guest that an earlier job froze."""
@@ -146,12 +146,12 @@ def _forget(path: Path) -> None:
     for suffix in ("held", "json", "new"):
         _unlink(path.with_suffix(f".{suffix}"))
     try:
-        _sync(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         log.warning("journal path=%s not synced: %s", path, error)
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Have what happened to names in a directory survive a power failure."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -196,7 +196,7 @@ def _make(directory: Path) -> None:
     except FileExistsError:
         if not directory.is_dir():
             raise
-    _sync(directory.parent)
+    sync_directory(directory.parent)
 
 
 def read_entry(state_dir: str, vmid: int) -> Entry | None:
@@ -336,7 +336,7 @@ def open_journal(state_dir: str, vmid: int, job: str, kind: str) -> Journal:
     journal.note()
     try:
         # A job killed just after it had made the directory may not have done it.
-        _sync(path.parent.parent)
+        sync_directory(path.parent.parent)
     except OSError as error:
         raise _unwritable(path, error, vmid) from error
     return journal

@@ -368,6 +368,15 @@ def _capture_rows() -> Iterator[Parameter]:
         "behind.",
     )
     yield Parameter(
+        "compare",
+        v.BOOLEAN,
+        True,
+        group,
+        "send only what changed of a disk that had to be read whole",
+        "For that, digests of what the disks held are kept under state_dir on the "
+        "node: 16 bytes for each 64 KiB of data.",
+    )
+    yield Parameter(
         "lock_wait",
         v.duration(0, 86400),
         60,

@@ -94,7 +94,8 @@ class DiskEntry:
     """One disk in one job; sizes in bytes.
 
     ``backing`` is None when the image stands alone: a Full, or a disk whose changes
-    were not known (``reason`` says why it was read whole).
+    were not known. ``reason`` says why it was read whole, also where it was compared
+    with digests and so has a backing file (``mechanism`` then ends in ``+digests``).
     """
 
     key: str
