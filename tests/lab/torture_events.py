@@ -308,13 +308,12 @@ class Events:
     async def during_grow(self, rng: random.Random) -> str:
         """PVE's lock forbids it through the API; somebody at the monitor may.
 
-        Not while filters are being put in: they were made for the old size, and until
-        they go the guest can't write to what is new.
+        Not while filters are about to be put in: they are made for the old size, and
+        until they go the guest can't write to what is new. The exports, which come
+        last, say that this is past.
         """
         t = self._t
-        nodes = await t.vm.qmp("query-named-block-nodes", flat=True)
-        ours = any(node["node-name"].startswith("ph-") for node in nodes)
-        if ours and not await t.vm.qmp("query-block-exports"):
+        if not await t.vm.qmp("query-block-exports"):
             return "not grown: the point in time is being prepared"
         key = rng.choice(t.keys)
         size = t.writer.sizes[key] + rng.randrange(4, 1024, 4) * 1024
