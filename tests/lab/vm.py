@@ -124,6 +124,11 @@ class LabVm:
         with log.open("rb") as stream:
             stream.seek(before)
             text = stream.read().decode(errors="replace")
+        # What QEMU says of NBD clients that leave, those that only look whether its
+        # server listens among them, is not of this write.
+        rude = ("negotiation failed", "Disconnect client", "Failed to read")
+        lines = text.splitlines(keepends=True)
+        text = "".join(s for s in lines if not any(word in s for word in rude))
         for bad in ("failed", "error", "invalid", "not found"):
             assert bad not in text.lower(), text
 
