@@ -350,7 +350,8 @@ class Backup:
         await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
         self._remember(opened, manifest)
         maps = {disk.source.key: disk.clusters for disk in disks}
-        for name, content in encode_objects(manifest, maps):
+        small = self._session.job.interface == 14  # Bacula 9.6
+        for name, content in encode_objects(manifest, maps, small=small):
             await self._session.restore_object(name, content)
         if manifest.level == "F" and not self._offered:
             await self._session.plugin_config("pveplug.ini", restore_template())

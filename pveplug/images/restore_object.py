@@ -44,6 +44,9 @@ _MANIFEST: Final = 1
 _MAP: Final = 2
 _MAPS_LEFT_OUT: Final = 1
 _CHECK: Final = 16
+UNCOMPRESSED_BYTES: Final = 999
+"""Bacula compresses longer objects; a multiple of 3."""
+SMALL_TOTAL: Final = 64 * 1024
 _MOST_PARTS: Final = 1000
 
 
@@ -92,9 +95,14 @@ class _Collected:
 
 
 def encode_objects(
-    manifest: Manifest, maps: Mapping[str, ClusterMap]
+    manifest: Manifest, maps: Mapping[str, ClusterMap], *, small: bool = False
 ) -> list[tuple[str, bytes]]:
     """Return the restore objects of one VM in one job, as ``(name, content)``.
+
+    Args:
+        small: in pieces that Bacula doesn't compress, as long as they are few. Bacula
+            9.6 with SQLite loses what it stores in 1 modulo 3 bytes; what it compresses
+            can't be padded from outside.
 
     Every object has at most 900,000 bytes. Maps are left out altogether when they
     would take more than :data:`MAPS_BYTES`; the restore is then an ordered replay.
@@ -107,13 +115,16 @@ def encode_objects(
     things = [(_MANIFEST, "", text)]
     things += [(_MAP, key, content) for key, content in packed.items()]
     identity = _identity(manifest)
-    room = OBJECT_BYTES - _HEAD.size - len(identity) - _CHECK - 3
+    few = sum(len(content) for _, _, content in things) <= SMALL_TOTAL
+    most = UNCOMPRESSED_BYTES if small and few else OBJECT_BYTES
+    room = most - _HEAD.size - len(identity) - _CHECK - 3
+    worth = min(1000, room // 4)
     bodies: list[bytearray] = [bytearray()]
     for kind, name, content in things:
         at, label = 0, name.encode()
         while at < len(content):
             left = room - len(bodies[-1]) - _SECTION.size - len(label)
-            if left < min(len(content) - at, 1000):
+            if left < min(len(content) - at, worth):
                 bodies.append(bytearray())
                 continue
             part = content[at : at + left]

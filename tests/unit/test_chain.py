@@ -429,6 +429,21 @@ def test_objects_of_a_large_map_are_split_and_come_in_any_order():
     assert encode_objects(manifest, maps) == objects
 
 
+def test_small_objects_are_never_compressed_by_bacula():
+    """Its release 9.6 loses some of what it compresses, in an SQLite catalogue."""
+    manifest = dataclasses.replace(rich(), config="name: x\n" * 40)
+    maps = maps_for(manifest, share=0.5)
+    objects = encode_objects(manifest, maps, small=True)
+    assert len(objects) > 1
+    assert all(len(c) < 1000 and len(c) % 3 == 0 for _, c in objects)
+    records, problems = decode_objects(content for _, content in objects)
+    assert problems == []
+    assert records[0].manifest == manifest
+    assert {key: records[0].map(key) for key in maps} == maps
+    large, many = big()
+    assert len(encode_objects(large, many, small=True)) == 2
+
+
 def test_a_lost_part_costs_its_maps_and_says_so():
     manifest, maps = big()
     first, second = (content for _, content in encode_objects(manifest, maps))
