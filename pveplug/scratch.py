@@ -2,14 +2,18 @@
 """Scratch images: where the old content of overwritten blocks waits to be read.
 
 They go into a local directory, or onto a PVE storage (``fleecing_storage``). With the
-*fleece* mechanism a full scratch store fails the guest's write, so its free space is
-watched and the backup is ended in time; with *cbw* QEMU itself ends the backup.
+*fleece* mechanism a full scratch store fails the guest's write, so the room for the
+worst case is reserved before the point in time, or the job refused. Where the store
+can't reserve, its free space must suffice, and is watched; the backup is ended in time.
+With *cbw* QEMU itself ends the backup.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import errno
 import os
 from pathlib import Path
 from typing import Final, Protocol
@@ -23,6 +27,7 @@ from pveplug.units import GiB, MiB, human
 RESERVE: Final = 256 * MiB
 """Least free space below which a fleecing backup is ended: 2 s of a fast disk."""
 WATCH_S: Final = 0.5
+FALLOC_FL_KEEP_SIZE: Final = 1
 CREATE_TIMEOUT_S: Final = 60.0
 MOST_NAMES: Final = 64
 
@@ -75,14 +80,21 @@ class LocalScratch:
         self._qemu_img = qemu_img
         self._journal = log
         self._made: list[str] = []
-        self.watched: set[str] = {directory}
-        """Directories whose free space a fleecing backup depends on."""
+        self._promised = 0
+        self._vmid = vmid
+        self.used: set[str] = set()
+        """Directories that hold images."""
+        self.counted: set[str] = set()
+        """Those of them that can't reserve: a fleecing backup depends on their space."""
 
-    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+    async def create(
+        self, key: str, size: int, *, backing: bool, data: int = 0
+    ) -> ScratchFile:
         """Make an image; a left-over of the same name is replaced.
 
         Raises:
-            CommandError, JobError: it can't be made, the directory says why.
+            CommandError, JobError: it can't be made, or has no room for ``data`` bytes;
+                the directory says why.
         """
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
@@ -96,9 +108,46 @@ class LocalScratch:
         path = f"{self._prefix}-{key}.qcow2"
         self._journal.add("files", path)
         self._made.append(path)
+        self.used.add(self.directory)
         await _qemu_img_create(self._qemu_img, path, size)
         os.chmod(path, 0o600)
+        if data:
+            await self.reserve(key, path, size, data)
         return ScratchFile(path, "qcow2", "file")
+
+    async def reserve(self, key: str, path: str, size: int, data: int) -> None:
+        """Take the room that an image needs to hold ``data`` bytes of its ``size``.
+
+        Raises:
+            JobError: there is not so much.
+        """
+        need = data + size // 4096 + MiB  # tables: 10 bytes for 64 KiB, and rounding
+        directory = os.path.dirname(path)
+        try:
+            if await asyncio.to_thread(_reserve, path, need):
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            enough = False
+        else:
+            # Others may take it meanwhile, so it is watched, and more must be there.
+            self.counted.add(directory)
+            self._promised += need
+            enough = await asyncio.to_thread(_free, directory) >= (
+                self._promised + RESERVE
+            )
+        if not enough:
+            free = await asyncio.to_thread(_free, directory)
+            raise JobError(
+                f"scratch needs {human(need)} in {directory}, where {human(free)} are "
+                "free: were it to run full, this version of QEMU would fail the "
+                "guest's writes. The guest was not touched.",
+                vm=str(self._vmid),
+                disk=key,
+                phase="scratch",
+                remedy="set scratch_dir or fleecing_storage to a larger place.",
+            )
 
     async def remove(self) -> None:
         """Remove every image made."""
@@ -132,9 +181,12 @@ class StorageScratch:
         self._journal = log
         self._made: list[str] = []
         self._count = 0
-        self.watched = local.watched
+        self.used = local.used
+        self.counted = local.counted
 
-    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+    async def create(
+        self, key: str, size: int, *, backing: bool, data: int = 0
+    ) -> ScratchFile:
         """Allocate an image.
 
         Raises:
@@ -148,13 +200,15 @@ class StorageScratch:
                     phase="scratch",
                     remedy="name a directory or NFS storage, or leave it out.",
                 )
-            return await self._local.create(key, size, backing=True)
+            return await self._local.create(key, size, backing=True, data=data)
         fmt = "qcow2" if self._qcow2 else "raw"
         path = await self._store.path(await self._allocate(size, fmt))
         if fmt == "raw":
             driver = "host_device" if path.startswith("/dev/") else "file"
             return ScratchFile(path, "raw", driver)  # type: ignore[arg-type]
-        self.watched.add(os.path.dirname(path))
+        self.used.add(os.path.dirname(path))
+        if data:
+            await self._local.reserve(key, path, size, data)
         return ScratchFile(path, "qcow2", "file")
 
     async def _allocate(self, size: int, fmt: str) -> str:
@@ -208,6 +262,36 @@ class StorageScratch:
             ) from cause
 
 
+def _reserve(path: str, need: int) -> bool:
+    """Give a file ``need`` bytes of its own without making it longer.
+
+    qcow2 grows by writing behind its end, so it grows into them. Returns False where
+    the file system knows no such thing (ext3, NFS, ZFS).
+
+    Raises:
+        OSError: it does, and there is no room.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        arguments = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        libc.fallocate64.argtypes = arguments
+        while libc.fallocate64(fd, FALLOC_FL_KEEP_SIZE, 0, need):
+            code = ctypes.get_errno()
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code), path)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _free(directory: str) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
 async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> None:
     """Return never; raise when a scratch store is about to run full.
 
@@ -216,8 +300,7 @@ async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> Non
     """
     while True:
         for directory in sorted(directories):
-            found = os.statvfs(directory)
-            free = found.f_bavail * found.f_frsize
+            free = await asyncio.to_thread(_free, directory)
             if free < reserve:
                 raise JobError(
                     f"only {human(free)} left in {directory}; the backup is ended "

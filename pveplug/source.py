@@ -298,7 +298,7 @@ class _Opener:
                 await self._volume(stack, drive, "read beside the running swtpm")
             )
         if point.mechanism == "fleece":
-            opened.watched = set(scratch.watched)
+            opened.watched = set(scratch.counted)
 
     async def _at_one_instant(
         self,

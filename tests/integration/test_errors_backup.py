@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -227,13 +228,56 @@ async def test_a_full_scratch_store_ends_the_backup_and_not_the_guest(
     await vm.qemu_io("scsi0", "read -P 9 16M 8M")
 
 
-async def test_a_fleecing_backup_ends_before_its_scratch_store_is_full(
+async def test_a_fleecing_backup_without_room_for_the_worst_case_is_refused(
     world: ErrorWorld, small_disk: Callable[[str], Path]
 ) -> None:
     vm, where = world.site.vm(100), small_disk("64M")
     result = await world.backup(f"vmid=100 mechanism=fleece scratch_dir={where}")
     failed(
         result,
+        f"VM 100 disk scsi0 (scratch): scratch needs 65.0 MiB in {where}, where ",
+        "are free: were it to run full",
+        "The guest was not touched",
+        "Remedy: set scratch_dir or fleecing_storage to a larger place",
+    )
+    await vm.qemu_io("scsi0", "write -P 9 16M 8M")
+
+
+async def test_a_full_store_does_not_hurt_the_guest_of_a_fleecing_backup(
+    world: ErrorWorld, small_disk: Callable[[str], Path]
+) -> None:
+    vm, where = world.site.vm(100), small_disk("80M")
+    name = await world.define(
+        f"vmid=100 mechanism=fleece bwlimit=8192 scratch_dir={where}"
+    )
+    job_id = await world.start(name)
+    await reading(vm)
+    with (where / "somebody else's").open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(MiB))
+                file.flush()
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    for at in range(0, 24, 2):
+        await vm.qemu_io("scsi0", f"write -P 8 {at}M 2M")
+    informed(await world.wait(job_id), "VM 100 (vm100) is in this job")
+    await vm.qemu_io("scsi0", "read -P 8 0 24M")
+
+
+async def test_a_fleecing_backup_ends_before_its_scratch_store_is_full(
+    world: ErrorWorld, file_system: Callable[[str, int], Path]
+) -> None:
+    vm = world.site.vm(100)
+    where = file_system("ext2", 345)  # it can't reserve
+    name = await world.define(
+        f"vmid=100 mechanism=fleece bwlimit=2048 scratch_dir={where}"
+    )
+    job_id = await world.start(name)
+    await reading(vm)
+    (where / "filler").write_bytes(bytes(96 * MiB))
+    failed(
+        await world.wait(job_id),
         "VM 100 (scratch): only ",
         f"left in {where}; the backup is ended before a full scratch store hurts the "
         "guest",
