@@ -19,8 +19,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pveplug import __version__
 from pveplug.access import check_version, choose_vms
@@ -50,7 +51,7 @@ from pveplug.parameters import restore_template
 from pveplug.progress import reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
-from pveplug.scratch import watch
+from pveplug.scratch import watch_answers, watch_space
 from pveplug.selection import VmSummary
 from pveplug.source import Opened, ReadableDisk, open_vm
 from pveplug.tasks import first_failure
@@ -168,9 +169,8 @@ class Backup:
         async with contextlib.AsyncExitStack() as stack:
             async with first_failure() as tasks:
                 side = []
-                if opened.watched:
-                    # From the first moment: the guest's writes depend on it.
-                    watching = watch(opened.vm.vmid, opened.watched)
+                # From the first moment: the guest's writes depend on it.
+                for watching in self._watches(opened):
                     side.append(tasks.create_task(watching, name="scratch"))
                 disks = await self._scan_all(opened, stack)
                 progress = reporting(
@@ -189,6 +189,14 @@ class Backup:
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
         )
+
+    def _watches(self, opened: Opened) -> Iterator[Coroutine[Any, Any, None]]:
+        vmid = opened.vm.vmid
+        if opened.counted:
+            yield watch_space(vmid, opened.counted)
+        if opened.fleeced:
+            bound_s = self._config.capture.cbw_timeout
+            yield watch_answers(vmid, opened.fleeced, bound_s)
 
     async def _scan_all(
         self, opened: Opened, stack: contextlib.AsyncExitStack

@@ -35,10 +35,13 @@ from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.qga import GuestAgent
 from pveplug.qmp import VmGoneError
+from pveplug.scratch import directories
+from pveplug.storeprobe import StoreProbe
 from pveplug.vmconfig import drives, smbios_uuid
 
 log = logging.getLogger(__name__)
 AGENT_S: Final = 5.0
+STORE_S: Final = 5.0
 OWNER_GONE_S: Final = 25.0
 SETTLE_S: Final = 5.0
 """How long PVE may take to begin what it was asked for."""
@@ -144,6 +147,13 @@ async def _thaw(node: Node, vmid: int) -> bool:
 
 
 async def _free_qemu(node: Node, entry: Entry) -> bool:
+    # QEMU closes a scratch image with the whole VM waiting.
+    stores = directories(set(entry.files))
+    async with StoreProbe(stores) as probe:
+        if stores and not await probe.all_answer(STORE_S):
+            raise TransportError(
+                f"the scratch store {', '.join(sorted(stores))} does not answer"
+            )
     try:
         return bool(await clean_up(node.qmp_socket(entry.vmid), entry.nbd_socket))
     except VmGoneError as error:

@@ -22,6 +22,7 @@ from pveplug.errors import CommandError, JobError, PveplugError
 from pveplug.journal import Journal
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.snapshot import ScratchFile
+from pveplug.storeprobe import StoreProbe
 from pveplug.units import GiB, MiB, human
 
 RESERVE: Final = 256 * MiB
@@ -82,10 +83,10 @@ class LocalScratch:
         self._made: list[str] = []
         self._promised = 0
         self._vmid = vmid
-        self.used: set[str] = set()
-        """Directories that hold images."""
+        self.paths: set[str] = set()
+        """Image files made."""
         self.counted: set[str] = set()
-        """Those of them that can't reserve: a fleecing backup depends on their space."""
+        """Directories of theirs that can't reserve, so that their space matters."""
 
     async def create(
         self, key: str, size: int, *, backing: bool, data: int = 0
@@ -108,7 +109,7 @@ class LocalScratch:
         path = f"{self._prefix}-{key}.qcow2"
         self._journal.add("files", path)
         self._made.append(path)
-        self.used.add(self.directory)
+        self.paths.add(path)
         await _qemu_img_create(self._qemu_img, path, size)
         os.chmod(path, 0o600)
         if data:
@@ -181,7 +182,7 @@ class StorageScratch:
         self._journal = log
         self._made: list[str] = []
         self._count = 0
-        self.used = local.used
+        self.paths = local.paths
         self.counted = local.counted
 
     async def create(
@@ -206,7 +207,7 @@ class StorageScratch:
         if fmt == "raw":
             driver = "host_device" if path.startswith("/dev/") else "file"
             return ScratchFile(path, "raw", driver)  # type: ignore[arg-type]
-        self.used.add(os.path.dirname(path))
+        self.paths.add(path)
         if data:
             await self._local.reserve(key, path, size, data)
         return ScratchFile(path, "qcow2", "file")
@@ -292,14 +293,19 @@ def _free(directory: str) -> int:
     return found.f_bavail * found.f_frsize
 
 
-async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> None:
+def directories(paths: set[str]) -> set[str]:
+    """Return the directories of these files."""
+    return {os.path.dirname(path) for path in paths}
+
+
+async def watch_space(vmid: int, counted: set[str], reserve: int = RESERVE) -> None:
     """Return never; raise when a scratch store is about to run full.
 
     Raises:
         JobError: free space fell below the reserve; end the backup now.
     """
     while True:
-        for directory in sorted(directories):
+        for directory in sorted(counted):
             free = await asyncio.to_thread(_free, directory)
             if free < reserve:
                 raise JobError(
@@ -310,6 +316,24 @@ async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> Non
                     remedy="set scratch_dir or fleecing_storage to a larger place.",
                 )
         await asyncio.sleep(WATCH_S)
+
+
+async def watch_answers(vmid: int, paths: set[str], bound_s: float) -> None:
+    """Return never; raise when a scratch store has not answered for ``bound_s``.
+
+    Raises:
+        JobError: guest writes wait for it; end the backup.
+    """
+    async with StoreProbe(directories(paths)) as probe:
+        where = await probe.silent(bound_s)
+    raise JobError(
+        f"the scratch store {where} has not answered for {bound_s:.0f} s, and guest "
+        "writes wait for it; the backup is ended.",
+        vm=str(vmid),
+        phase="scratch",
+        remedy="see what is wrong with it, or set scratch_dir or fleecing_storage to "
+        "another place.",
+    )
 
 
 def _unlink(path: str) -> None:

@@ -30,6 +30,7 @@ Sequences, and why their order may not be changed: docs/cbt.md.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -454,6 +455,18 @@ class PointInTime:
             except QmpError as error:
                 self.notes.append(f"{key}: segments were not folded: {error.desc}")
                 return  # the later ones count on the earlier
+
+    async def let_go(self) -> None:
+        """End the fleecing jobs, so that no further guest write is copied.
+
+        The images stay in QEMU. One whose store doesn't answer is waited for with the
+        whole VM if a copy is under way: see first whether one is.
+        """
+        async with qmp_session(self._qmp_path) as qmp:
+            for disk in self._disks.values():
+                if self._fleeced(disk):
+                    with contextlib.suppress(QmpError):  # it has ended by itself
+                        await qmp.execute("job-cancel", {"id": fleece_job(disk.key)})
 
     async def close(self) -> None:
         """Take everything out of the VM and remove the scratch images.

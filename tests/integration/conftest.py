@@ -31,7 +31,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield make
     for where in mounted:
-        subprocess.run(["umount", where], check=True)
+        subprocess.run(["umount", "-l", where], check=True)
 
 
 @pytest.fixture
@@ -60,4 +60,4 @@ def file_system(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
 
     yield make
     for where in mounted:
-        subprocess.run(["umount", where], check=True)
+        subprocess.run(["umount", "-l", where], check=True)

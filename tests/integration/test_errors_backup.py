@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
+import os
+import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -253,12 +256,10 @@ async def test_a_full_store_does_not_hurt_the_guest_of_a_fleecing_backup(
     job_id = await world.start(name)
     await reading(vm)
     with (where / "somebody else's").open("wb") as file:
-        try:
+        with contextlib.suppress(OSError):
             while True:
-                file.write(bytes(MiB))
-                file.flush()
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+                os.write(file.fileno(), bytes(MiB))
+    assert os.statvfs(where).f_bavail == 0
     for at in range(0, 24, 2):
         await vm.qemu_io("scsi0", f"write -P 8 {at}M 2M")
     informed(await world.wait(job_id), "VM 100 (vm100) is in this job")
@@ -284,6 +285,43 @@ async def test_a_fleecing_backup_ends_before_its_scratch_store_is_full(
         "Remedy: set scratch_dir or fleecing_storage to a larger place",
     )
     await vm.qemu_io("scsi0", "write -P 9 16M 8M")
+
+
+@pytest.mark.parametrize("copying", [False, True], ids=["idle", "copying"])
+async def test_a_scratch_store_that_stalls_ends_a_fleecing_backup(
+    world: ErrorWorld, file_system: Callable[[str, int], Path], copying: bool
+) -> None:
+    vm, where = world.site.vm(100), file_system("ext4", 128)
+    name = await world.define(
+        "vmid=100 mechanism=fleece cbw_timeout=2 bwlimit=1024 lock_wait=0 "
+        f"scratch_dir={where}"
+    )
+    job_id = await world.start(name)
+    await reading(vm)
+    subprocess.run(["fsfreeze", "-f", where], check=True)
+    try:
+        if copying:  # this write waits for the store whatever anybody does
+            await vm.qemu_io("scsi0", "aio_write -q -P 6 16M 8M")
+        async with asyncio.timeout(30):
+            while "does not answer" not in await world.said(job_id):
+                await asyncio.sleep(0.2)
+        if not copying:
+            await asyncio.sleep(0.5)
+            began = time.monotonic()
+            await vm.qemu_io("scsi0", "write -q -P 6 16M 8M")
+            assert time.monotonic() - began < 1, "the guest still waits for the store"
+    finally:
+        subprocess.run(["fsfreeze", "-u", where], check=True)
+    began = time.monotonic()
+    await vm.qmp("query-status")
+    assert time.monotonic() - began < 2, "the guest waits longer than the store"
+    failed(
+        await world.wait(job_id),
+        f"VM 100 (scratch): the scratch store {where} has not answered for 2 s, and "
+        "guest writes wait for it; the backup is ended",
+        "Remedy: see what is wrong with it",
+    )
+    await vm.qemu_io("scsi0", "read -P 6 16M 8M")
 
 
 async def test_scratch_that_cannot_be_made_says_where_and_why(
