@@ -30,6 +30,7 @@ from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
 from pveplug.diskstream import DiskStream, RateLimit, give_back_unread, scan
 from pveplug.errors import JobError, NbdError, PveplugError, TransportError
+from pveplug.guestlatency import keep_pace
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
 from pveplug.images.manifest import (
@@ -47,6 +48,7 @@ from pveplug.images.manifest import (
 from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
 from pveplug.node import Node
+from pveplug.pacing import Pace
 from pveplug.parameters import restore_template
 from pveplug.progress import reporting, summary
 from pveplug.pve import PveApi
@@ -166,6 +168,7 @@ class Backup:
         return (await self._api.vm_config(self._here, vm.vmid)).lock
 
     async def _send_vm(self, opened: Opened, level: Level) -> None:
+        self._limit.pace = Pace(self._config.capture.latency_budget_ms / 1000)
         async with contextlib.AsyncExitStack() as stack:
             async with first_failure() as tasks:
                 side = []
@@ -180,10 +183,15 @@ class Backup:
                     self._config.capture.progress_interval,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
+                if self._limit.pace.budget_s and "qemu" in opened.versions:
+                    pacing = self._keep_pace(opened, disks)
+                    side.append(tasks.create_task(pacing, name="pace"))
                 await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
+            if self._limit.pace.samples:
+                self._session.info(f"VM {opened.vm.vmid}: {self._limit.pace.summary()}")
             await self._send_papers(opened, disks, level)
         self._session.info(
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
@@ -197,6 +205,17 @@ class Backup:
         if opened.fleeced:
             bound_s = self._config.capture.cbw_timeout
             yield watch_answers(vmid, opened.fleeced, bound_s)
+
+    def _keep_pace(
+        self, opened: Opened, disks: list[_Disk]
+    ) -> Coroutine[Any, Any, None]:
+        return keep_pace(
+            self._node.qmp_socket(opened.vm.vmid),
+            self._limit.pace,
+            lambda: sum(disk.stream.progress.read for disk in disks),
+            f"VM {opened.vm.vmid}",
+            self._session,
+        )
 
     async def _scan_all(
         self, opened: Opened, stack: contextlib.AsyncExitStack
@@ -256,8 +275,10 @@ class Backup:
 
     async def _send_disks(self, opened: Opened, disks: list[_Disk]) -> None:
         """Send the images one after the other; the next ones read ahead meanwhile."""
-        ahead = self._config.capture.max_parallel_disks
         for number, disk in enumerate(disks):
+            ahead = self._config.capture.max_parallel_disks
+            if not self._limit.pace.ahead:
+                ahead = 1
             for other in disks[number : number + ahead]:
                 other.stream.prefetch()
             disk.began = time.monotonic()

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -343,6 +344,35 @@ async def test_scratch_that_cannot_be_made_says_where_and_why(
         "cannot use the scratch directory /proc/nowhere",
         "Remedy: set scratch_dir or fleecing_storage",
     )
+
+
+async def test_a_guest_over_its_latency_budget_is_read_gently(
+    world: ErrorWorld,
+) -> None:
+    vm = world.site.vm(100)
+    counted = 0
+
+    async def answer(command: dict[str, Any]) -> dict[str, Any] | None:
+        nonlocal counted
+        if command["execute"] != "query-blockstats":
+            return None
+        counted += 1  # each second one request more, of 50 ms
+        stats = {f"{kind}_operations": 0 for kind in ("rd", "wr", "flush")}
+        stats |= {f"{kind}_total_time_ns": 0 for kind in ("rd", "wr", "flush")}
+        stats |= {"wr_operations": counted, "wr_total_time_ns": counted * 50_000_000}
+        return {"return": [{"node-name": "drive-scsi0", "stats": stats}]}
+
+    vm.machine.qmp_relay.answer = answer
+    try:
+        result = await world.backup("vmid=100 latency_budget_ms=20 bwlimit=4096")
+    finally:
+        vm.machine.qmp_relay.answer = None
+    informed(
+        result,
+        "VM 100: the guest's requests take 50 ms (latency_budget_ms=20); the backup "
+        "reads with 4 requests in flight",
+    )
+    informed(result, "VM 100: latency budget 20 ms: ", "at worst 50 ms")
 
 
 # --- the guest ------------------------------------------------------------------------

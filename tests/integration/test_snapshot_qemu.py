@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pveplug.cbt import Level
+from pveplug.guestlatency import Counters, counters, slowest
 from pveplug.snapshot import Options, PointInTime, ScratchFile, SnapshotDisk
 from tests.support.bare_qemu import BareQemu, DiskImage, make_image
 
@@ -228,3 +229,29 @@ async def test_segments_have_64_kib_whatever_the_images_clusters(base: Path) -> 
         assert disk.plan is not None
         assert disk.plan.whole is None
         assert set(segments(vm).values()) == {65536}
+
+
+@pytest.mark.parametrize("layout", ["blockdev", "drive"])
+async def test_the_guests_own_requests_are_timed_with_and_without_a_filter(
+    base: Path, layout: str
+) -> None:
+    def now() -> Counters:
+        return counters(vm.command("query-blockstats"))  # type: ignore[arg-type]
+
+    with BareQemu(base, layout, {"scsi0": make_image(base / "a", "raw", SIZE)}) as vm:
+        before = now()
+        vm.io("scsi0", "aio_write -q -P 9 1M 64k")
+        vm.io("scsi0", "aio_flush")
+        assert (slowest(before, now()) or 0) > 0
+        snapshot = point(vm, "auto")
+        await snapshot.prepare(unique("01"), Level("F"), vm.volids)
+        await snapshot.switch()
+        (disk,) = await snapshot.publish()
+        before = now()
+        full_read(disk, base / "copy")
+        reads = now()["scsi0", "rd"][0] - before["scsi0", "rd"][0]
+        assert reads < 10, "the backup's own reads are counted"  # the BIOS has a few
+        vm.io("scsi0", "aio_write -q -P 8 1M 64k")
+        vm.io("scsi0", "aio_flush")
+        assert (slowest(before, now()) or 0) > 0
+        await snapshot.close()
