@@ -360,7 +360,8 @@ async def test_a_guest_over_its_latency_budget_is_read_gently(
         stats = {f"{kind}_operations": 0 for kind in ("rd", "wr", "flush")}
         stats |= {f"{kind}_total_time_ns": 0 for kind in ("rd", "wr", "flush")}
         stats |= {"wr_operations": counted, "wr_total_time_ns": counted * 50_000_000}
-        return {"return": [{"node-name": "drive-scsi0", "stats": stats}]}
+        found = [{"node-name": "drive-scsi0", "stats": stats}]
+        return {"return": found, "id": command["id"]}
 
     vm.machine.qmp_relay.answer = answer
     try:
