@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,10 +88,14 @@ async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
         for name in graph.exports:
             if name.startswith(PREFIX):
                 await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
-        for name in graph.jobs:
-            if name.startswith(PREFIX):
+    # Ending a fleecing job waits, with the whole VM, for requests of a reader that
+    # takes no answers: so not before the exports are gone.
+    graph = await _drained(qmp_path, graph, lambda now: now.exports)
+    if jobs := [name for name in graph.jobs if name.startswith(PREFIX)]:
+        async with qmp_session(qmp_path) as qmp:
+            for name in jobs:
                 await _quietly(qmp, "job-cancel", {"id": name})
-    graph = await _drained(qmp_path, graph)
+    graph = await _drained(qmp_path, graph, lambda now: (*now.exports, *now.jobs))
     async with qmp_session(qmp_path) as qmp:
         if listens(nbd_socket):
             await _quietly(qmp, "nbd-server-stop", None)
@@ -111,18 +116,20 @@ async def _resume(qmp: Qmp, graph: Graph) -> None:
     await qmp.execute("blockdev-del", {"node-name": MARKER})
 
 
-async def _drained(qmp_path: str, graph: Graph) -> Graph:
-    """Come back until our exports and jobs are gone; return the graph then."""
+async def _drained(
+    qmp_path: str, graph: Graph, names: Callable[[Graph], tuple[str, ...]]
+) -> Graph:
+    """Come back until none of these is ours any more; return the graph then."""
     try:
         async with asyncio.timeout(DRAIN_TIMEOUT_S):
             pause = 0.02
-            while any(n.startswith(PREFIX) for n in (*graph.exports, *graph.jobs)):
+            while any(n.startswith(PREFIX) for n in names(graph)):
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.5)
                 async with qmp_session(qmp_path) as qmp:
                     graph = await query_graph(qmp)
     except TimeoutError as error:
-        left = [n for n in (*graph.exports, *graph.jobs) if n.startswith(PREFIX)]
+        left = [n for n in names(graph) if n.startswith(PREFIX)]
         raise IntegrityError(
             f"QEMU did not end {', '.join(left)} in {DRAIN_TIMEOUT_S:.0f} s"
         ) from error
