@@ -17,18 +17,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pveplug import __version__
 from pveplug.access import check_version, choose_vms
+from pveplug.ancestry import recall, remember
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
 from pveplug.config import BackupConfig, level_warning
-from pveplug.diskstream import DiskStream, RateLimit, give_back_unread, scan
+from pveplug.diskstream import (
+    DiskStream,
+    Progress,
+    RateLimit,
+    give_back_unread,
+    scan,
+)
 from pveplug.errors import JobError, NbdError, PveplugError, TransportError
 from pveplug.guestlatency import keep_pace
 from pveplug.images.clusters import ClusterMap
@@ -44,19 +52,21 @@ from pveplug.images.manifest import (
     digest_file,
     image_file,
     job_directory,
+    vm_directory,
 )
 from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
 from pveplug.node import Node
 from pveplug.pacing import Pace
 from pveplug.parameters import restore_template
-from pveplug.progress import reporting, summary
+from pveplug.progress import comparing, reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from pveplug.scratch import watch_answers, watch_space
 from pveplug.selection import VmSummary
 from pveplug.source import Opened, ReadableDisk, open_vm
 from pveplug.tasks import first_failure
+from pveplug.tier import Tier
 from pveplug.units import KiB
 from pveplug.vmhold import held
 
@@ -74,6 +84,8 @@ class _Disk:
     clusters: ClusterMap
     digest: DigestWriter | None
     stream: DiskStream
+    compared: Progress | None = None
+    """What it was compared for with digests, where it was."""
     began: float = 0.0
     seconds: float = 0.0
 
@@ -169,30 +181,41 @@ class Backup:
 
     async def _send_vm(self, opened: Opened, level: Level) -> None:
         self._limit.pace = Pace(self._config.capture.latency_budget_ms / 1000)
+        vmid, every_s = opened.vm.vmid, self._config.capture.progress_interval
+        tier = Tier(
+            self._node.state_dir, vmid, self._session.job.name, level, self._session
+        )
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(tier.drop)
+            if self._config.capture.compare:
+                await tier.open(opened.uuid)
             async with first_failure() as tasks:
                 side = []
                 # From the first moment: the guest's writes depend on it.
                 for watching in self._watches(opened):
                     side.append(tasks.create_task(watching, name="scratch"))
-                disks = await self._scan_all(opened, stack)
+                told = comparing(self._session, f"VM {vmid}", tier.progress, every_s)
+                side.append(tasks.create_task(told, name="comparing"))
+                disks = await self._scan_all(opened, tier, stack)
+                side.pop().cancel()
                 progress = reporting(
                     self._session,
-                    f"VM {opened.vm.vmid}",
+                    f"VM {vmid}",
                     [(disk.source.key, disk.stream.progress) for disk in disks],
-                    self._config.capture.progress_interval,
+                    every_s,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
                 if self._limit.pace.budget_s and "qemu" in opened.versions:
                     pacing = self._keep_pace(opened, disks)
                     side.append(tasks.create_task(pacing, name="pace"))
-                await self._send_description(opened, disks, level)
+                layout = await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
             if self._limit.pace.samples:
-                self._session.info(f"VM {opened.vm.vmid}: {self._limit.pace.summary()}")
-            await self._send_papers(opened, disks, level)
+                self._session.info(f"VM {vmid}: {self._limit.pace.summary()}")
+            await self._send_papers(opened, disks, layout)
+            await tier.keep([disk.source.key for disk in disks])
         self._session.info(
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
@@ -218,14 +241,14 @@ class Backup:
         )
 
     async def _scan_all(
-        self, opened: Opened, stack: contextlib.AsyncExitStack
+        self, opened: Opened, tier: Tier, stack: contextlib.AsyncExitStack
     ) -> list[_Disk]:
-        """Look at every disk, a few at a time; nothing is read yet."""
+        """Look at every disk, a few at a time; only what is compared is read."""
         some = asyncio.Semaphore(self._config.capture.max_parallel_disks)
 
         async def one(
             source: ReadableDisk,
-        ) -> tuple[ReadableDisk, NbdClient, ClusterMap]:
+        ) -> tuple[ReadableDisk, NbdClient, ClusterMap, Progress | None]:
             async with some, _named(opened, source, "scan"):
                 contexts = ["base:allocation"]
                 if source.context:
@@ -246,13 +269,21 @@ class Backup:
                 )
                 if source.trim:
                     await give_back_unread(client, clusters)
-                return source, client, clusters
+            if not source.whole:
+                return source, client, clusters, None
+            async with some, _named(opened, source, "compare"):
+                changes = await tier.changes(
+                    source.key, client, clusters, trim=source.trim, limit=self._limit
+                )
+            if changes is None:
+                return source, client, clusters, None
+            return replace(source, parent_job=tier.parent), client, *changes
 
         async with first_failure() as tasks:
             found = [tasks.create_task(one(source)) for source in opened.disks]
         disks = []
         for task in found:
-            source, client, clusters = task.result()
+            source, client, clusters, compared = task.result()
             backing = (
                 backing_name(source.parent_job, source.key)
                 if source.parent_job
@@ -268,9 +299,12 @@ class Backup:
                 trim=source.trim,
                 limit=self._limit,
                 digest=digest,
+                leaves=tier.record(
+                    source.key, clusters, source.parent_job, opened.started
+                ),
             )
             stack.push_async_callback(stream.aclose)
-            disks.append(_Disk(source, client, clusters, digest, stream))
+            disks.append(_Disk(source, client, clusters, digest, stream, compared))
         return disks
 
     async def _send_disks(self, opened: Opened, disks: list[_Disk]) -> None:
@@ -303,6 +337,7 @@ class Backup:
                     disk.stream.progress,
                     opened.consistency,
                     disk.seconds,
+                    disk.compared,
                 )
             )
 
@@ -311,39 +346,49 @@ class Backup:
 
     async def _send_description(
         self, opened: Opened, disks: list[_Disk], level: Level
-    ) -> None:
-        """Send what a restore without the catalogue's objects must know first."""
+    ) -> Manifest:
+        """Send what a restore without the catalogue's objects must know first.
+
+        Returns: the manifest as it is known without the digests' roots.
+        """
         await self._send_file(opened, CONFIG_FILE, opened.config_text.encode())
         if opened.firewall is not None:
             await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
-        entries = [_entry(disk, "") for disk in disks]
+        entries = [_entry(disk) for disk in disks]
         layout = self._manifest(opened, entries, level)
+        if layout.built_on is not None and layout.parent_manifest is None:
+            self._session.info(
+                f"VM {opened.vm.vmid}: this node does not know the manifest of job "
+                f"{layout.built_on}; this job's does not vouch for it"
+            )
         await self._send_file(opened, LAYOUT_FILE, layout.to_json())
+        return layout
 
     async def _send_papers(
-        self, opened: Opened, disks: list[_Disk], level: Level
+        self, opened: Opened, disks: list[_Disk], layout: Manifest
     ) -> None:
         """Send what is known once all is read, and what the catalogue shall keep."""
         entries = []
-        for disk in disks:
+        for disk, entry in zip(disks, layout.disks, strict=True):
             root = ""
             if disk.digest is not None:
                 sidecar, root = disk.digest.finish()
                 await self._send_file(opened, digest_file(disk.source.key), sidecar)
-            entries.append(_entry(disk, root))
-        manifest = self._manifest(opened, entries, level)
+            entries.append(dataclasses.replace(entry, digest_root=root))
+        manifest = dataclasses.replace(layout, disks=tuple(entries))
         await self._send_file(opened, MANIFEST_FILE, manifest.to_json())
+        self._remember(opened, manifest)
         maps = {disk.source.key: disk.clusters for disk in disks}
         for name, content in encode_objects(manifest, maps):
             await self._session.restore_object(name, content)
-        if level.letter == "F" and not self._offered:
+        if manifest.level == "F" and not self._offered:
             await self._session.plugin_config("pveplug.ini", restore_template())
             self._offered = True
 
     def _manifest(
         self, opened: Opened, entries: list[DiskEntry], level: Level
     ) -> Manifest:
-        return Manifest(
+        made = Manifest(
             vmid=opened.vm.vmid,
             uuid=opened.uuid,
             vm_name=opened.vm.name,
@@ -365,6 +410,23 @@ class Backup:
             chain=chain_id(self._session.job.name),
             template=opened.vm.template,
         )
+        if made.built_on is None:
+            return made
+        vm = _vm_name(opened)
+        digest = recall(self._node.state_dir, vm, made.chain, made.built_on)
+        return dataclasses.replace(made, parent_manifest=digest)
+
+    def _remember(self, opened: Opened, manifest: Manifest) -> None:
+        """Keep this manifest's digest for the next job; without it that one says so."""
+        vm, state_dir = _vm_name(opened), self._node.state_dir
+        try:
+            remember(state_dir, vm, manifest.chain, manifest.job, manifest.digest)
+        except OSError as error:
+            self._session.warning(
+                f"VM {opened.vm.vmid}: cannot write below {state_dir}/manifests: "
+                f"{error.strerror or error}; the next job's manifest will not vouch "
+                "for this one. Remedy: make room there"
+            )
 
     async def _send_file(self, opened: Opened, name: str, content: bytes) -> None:
         info = FileInfo(
@@ -376,7 +438,11 @@ class Backup:
         self._streaming = False
 
 
-def _entry(disk: _Disk, root: str) -> DiskEntry:
+def _vm_name(opened: Opened) -> str:
+    return vm_directory(opened.vm.vmid, opened.uuid).rsplit("/", 1)[-1]
+
+
+def _entry(disk: _Disk) -> DiskEntry:
     source = disk.source
     return DiskEntry(
         key=source.key,
@@ -387,11 +453,10 @@ def _entry(disk: _Disk, root: str) -> DiskEntry:
         backing=backing_name(source.parent_job, source.key)
         if source.parent_job
         else None,
-        mechanism=source.mechanism,
+        mechanism=source.mechanism + ("+digests" if disk.compared else ""),
         reason=source.whole or "",
         data_bytes=disk.clusters.data_bytes,
         zero_bytes=disk.clusters.zero_bytes,
-        digest_root=root,
     )
 
 

@@ -8,7 +8,9 @@ Both layouts of Proxmox VE exist side by side on one node::
       └ f<hash>  qcow2|raw  <- below          └ #block142 qcow2|raw  <- top = below
           └ e<hash> file                          └ #block012 file
 
-*top* carries our segments; *below* is what a filter or a fleecing job goes on. Node
+*top* carries volatile segments; *below* is what a filter or a fleecing job goes on, and
+carries persistent ones, which only a qcow2 node can store (*image*: below it where a
+disk that was moved while it ran still has ``zeroinit`` there). Node
 names are never remembered between jobs: a move or a restart changes them. These are
 pure functions over the JSON of ``query-block`` and ``query-named-block-nodes``.
 """
@@ -21,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pveplug.cbt import PREFIX, Bitmap
+from pveplug.cbt import PREFIX, Bitmap, Tracked
 from pveplug.errors import IntegrityError
 
 Json = Mapping[str, Any]
@@ -34,21 +36,25 @@ PROTOCOLS: Final = frozenset(
 FILTERS: Final = ("throttle", "copy-before-write", "snapshot-access", "zeroinit")
 FLASH: Final = ("/machine/system.flash1", "/machine/virt.flash1")
 MARKER: Final = PREFIX + "paused"
+_NODES: Final = (f"{PREFIX}sc-", f"{PREFIX}cbw-", f"{PREFIX}sa-")
+_EXPORT: Final = f"{PREFIX}x-"
+_JOB: Final = f"{PREFIX}fl-"
 
 
 def node_names(key: str) -> tuple[str, str, str]:
     """Return the names of our scratch, filter and snapshot node of a disk."""
-    return f"{PREFIX}sc-{key}", f"{PREFIX}cbw-{key}", f"{PREFIX}sa-{key}"
+    scratch, filter_, access = _NODES
+    return scratch + key, filter_ + key, access + key
 
 
 def export_id(key: str) -> str:
     """Return the id of our NBD export of a disk."""
-    return f"{PREFIX}x-{key}"
+    return _EXPORT + key
 
 
 def fleece_job(key: str) -> str:
     """Return the id of our fleecing job of a disk."""
-    return f"{PREFIX}fl-{key}"
+    return _JOB + key
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,11 @@ class DiskNode:
     """The drive's entry in ``query-block``."""
     data_at_most: int
     """Bytes of it that can hold data now: what a backup may have to copy aside."""
+    image: str = ""
+    """The node of the image's format."""
+    image_bitmaps: tuple[Bitmap, ...] = ()
+    volatile_because: str = ""
+    """Why its bitmaps can't be persistent; empty: they can."""
 
     @property
     def is_flash(self) -> bool:
@@ -77,6 +88,19 @@ class DiskNode:
     def qom_path(self) -> str:
         """The device whose ``drive`` property names the root node (-drive layout)."""
         return f"/machine/peripheral/{self.key}"
+
+    def tracked(self, home: str) -> Tracked:
+        """Return the disk as its segments see it.
+
+        Args:
+            home: of its persistent segments; empty: they are to be volatile.
+        """
+        if self.image == self.top:
+            return Tracked(self.size, self.bitmaps, home)
+        here, elsewhere = self.bitmaps, self.image_bitmaps
+        if home:
+            here, elsewhere = elsewhere, here
+        return Tracked(self.size, here, home, elsewhere)
 
     def reopen(self, child: str) -> dict[str, Any]:
         """Return the options that put ``child`` under this disk's throttle node."""
@@ -119,16 +143,29 @@ class Graph:
     """node -> its ``file`` child, where QEMU says so (from 10.1, and PVE's 10.0)."""
 
     @property
+    def our_nodes(self) -> list[str]:
+        """Names of the nodes that a job of ours has added."""
+        return [n for n in self.nodes if n == MARKER or n.startswith(_NODES)]
+
+    @property
+    def our_exports(self) -> list[str]:
+        """Ids of the exports that a job of ours has added."""
+        return [n for n in self.exports if n.startswith(_EXPORT)]
+
+    @property
+    def our_jobs(self) -> list[str]:
+        """Ids of the fleecing jobs that a job of ours has started."""
+        return [n for n in self.jobs if n.startswith(_JOB)]
+
+    @property
     def ours(self) -> list[str]:
         """Names of nodes, exports and jobs that a job of ours has left."""
-        names = [n for n in self.nodes if n.startswith(PREFIX)]
-        names += [n for n in (*self.exports, *self.jobs) if n.startswith(PREFIX)]
-        return sorted(names)
+        return sorted([*self.our_nodes, *self.our_exports, *self.our_jobs])
 
     @property
     def foreign_exports(self) -> list[str]:
         """Exports of somebody else's NBD server use."""
-        return [n for n in self.exports if not n.startswith(PREFIX)]
+        return [n for n in self.exports if not n.startswith(_EXPORT)]
 
 
 def make_graph(
@@ -193,6 +230,8 @@ def find_disks(graph: Graph, volids: Mapping[str, str]) -> dict[str, DiskNode]:
                 "running, or its left-overs could not be removed"
             )
         below = below_throttle(graph, top, key, volids[key]) if blockdev else top
+        image = _below_zeroinit(graph, below)
+        node = graph.nodes.get(image, inserted if image == top else {})
         disks[key] = DiskNode(
             key=key,
             blockdev=blockdev,
@@ -202,6 +241,9 @@ def find_disks(graph: Graph, volids: Mapping[str, str]) -> dict[str, DiskNode]:
             bitmaps=_bitmaps(graph.nodes.get(top, inserted)),
             inserted=inserted,
             data_at_most=int(min(_allocated(graph, below), size)),
+            image=image,
+            image_bitmaps=_bitmaps(node),
+            volatile_because=_volatile_because(node),
         )
     return disks
 
@@ -222,6 +264,30 @@ def _allocated(graph: Graph, name: str) -> float:
     if not plain or allocated is None or image.get("backing-filename"):
         return float("inf")
     return float(allocated)
+
+
+def _below_zeroinit(graph: Graph, below: str) -> str:
+    child = graph.children.get(below)
+    zeroinit = graph.nodes.get(below, {}).get("drv") == "zeroinit"
+    return child if zeroinit and child else below
+
+
+def _volatile_because(node: Json) -> str:
+    """Return why a format node can't store bitmaps of ours; empty when it can."""
+    if node.get("drv") != "qcow2":
+        return f"a {node.get('drv', 'unknown')} image can't hold persistent bitmaps"
+    if node.get("ro"):
+        return "a read-only image can't hold persistent bitmaps"
+    image = node.get("image", {})
+    details = image.get("format-specific", {}).get("data", {})
+    if details.get("compat") == "0.10":
+        return (
+            "a qcow2 image of compat 0.10 can't hold persistent bitmaps "
+            "(qemu-img amend -o compat=1.1 while the VM is stopped)"
+        )
+    if details.get("data-file"):
+        return "a qcow2 image with a data file isn't trusted with persistent bitmaps"
+    return ""
 
 
 def below_throttle(graph: Graph, top: str, key: str, volid: str) -> str:
@@ -307,6 +373,7 @@ def _bitmaps(node: Json) -> tuple[Bitmap, ...]:
             inconsistent=bool(bitmap.get("inconsistent")),
             granularity=int(bitmap["granularity"]),
             count=int(bitmap["count"]),
+            persistent=bool(bitmap.get("persistent")),
         )
         for bitmap in node.get("dirty-bitmaps", ())
         if bitmap.get("name")  # filters and jobs have unnamed ones of their own

@@ -27,6 +27,12 @@ History is only ever cut off at its old end, never in the middle: a union with a
 would call changed blocks clean. Where tracking was interrupted there *is* a hole, so
 everything up to it goes, in the transaction that opens the new segment. Otherwise a
 later job that names an older P would join the two ends and miss what lies between.
+
+A *persistent* segment lives in a qcow2 image and goes wherever the image goes: under
+another key, to another VM, into a copy. So its name ends with a *home*, ``@h<hash>``
+of the VM, its generation and the disk's key: what is in another home, or in none, is a
+stranger, which counts for nothing and is removed. Volatile segments have no home; so
+one rule also keeps apart what either mode has left, docs/cbt.md, "Persistent segments".
 """
 
 from __future__ import annotations
@@ -46,9 +52,13 @@ FOLD_ABOVE: Final = 24
 KEEP_AT_MOST: Final = 96
 """Merges of more block QEMU's main loop too long (0.1 s per 100 on 1 TiB)."""
 PUNCTUAL_S: Final = 600
-"""Less than any two time zones differ by; a job's VM is usually begun within it."""
+"""Less than any two time zones differ by."""
+SOON_S: Final = 30
+"""A job that didn't wait begins its VM within this; the next job of its resource, which
+runs after it, doesn't."""
 _NAME: Final = re.compile(
-    r"ph-(c[0-9a-f]{8})-([0-9]{5,})-([FID])-(.+)@([0-9]+)@([0-9]+)", re.DOTALL
+    r"ph-(c[0-9a-f]{8})-([0-9]{5,})-([FID])-(.+)@([0-9]+)@([0-9]+)(?:@(h[0-9a-f]{8}))?",
+    re.DOTALL,
 )
 _STAMP: Final = re.compile(r"\.(\d{4})-(\d\d)-(\d\d)_(\d\d)\.(\d\d)\.(\d\d)_\d+$")
 
@@ -68,6 +78,17 @@ def chain_id(unique_name: str, purpose: str = "bacula") -> str:
     return "c" + hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
 
 
+def home_id(vmid: int, uuid: str, generation: str, key: str) -> str:
+    """Return the home of a disk's persistent segments.
+
+    It is what a job's images are filed under, the VM and the disk's key, and the VM's
+    *generation*: PVE gives a VM a new ``vmgenid`` whenever it puts older content under
+    it, by a rollback, a restore or a clone.
+    """
+    text = f"{vmid}\0{uuid}\0{generation}\0{key}"
+    return "h" + hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Segment:
     """A segment's name, taken apart; sorts by its place in the chain."""
@@ -80,13 +101,15 @@ class Segment:
     """Of the disk when it began, in bytes."""
     began: int = 0
     """Seconds since the epoch; 0: not known."""
+    home: str = ""
+    """Of a persistent segment; empty: it is volatile."""
 
     @property
     def name(self) -> str:
         """The bitmap's name."""
         return (
             f"{PREFIX}{self.chain}-{self.seq:05d}-{self.level}-{self.job}"
-            f"@{self.size}@{self.began}"
+            f"@{self.size}@{self.began}" + (f"@{self.home}" if self.home else "")
         )
 
 
@@ -94,8 +117,8 @@ def parse_segment(name: str) -> Segment | None:
     """Take a bitmap's name apart; None where it isn't a segment of ours."""
     if not (found := _NAME.fullmatch(name)):
         return None
-    chain, seq, level, job, size, began = found.groups()
-    return Segment(int(seq), chain, level, job, int(size), int(began))
+    chain, seq, level, job, size, began, home = found.groups()
+    return Segment(int(seq), chain, level, job, int(size), int(began), home or "")
 
 
 def union_name(chain: str) -> str:
@@ -105,7 +128,7 @@ def union_name(chain: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """What QEMU says of one named bitmap on a disk's tracking node."""
+    """What QEMU says of one named bitmap."""
 
     name: str
     recording: bool
@@ -114,14 +137,19 @@ class Bitmap:
     granularity: int = CLUSTER
     count: int = 0
     """Dirty bytes."""
+    persistent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    """One disk as it is now: its size in bytes and the bitmaps on its top node."""
+    """One disk as it is now: its size in bytes and the bitmaps on its tracking node."""
 
     size: int
     bitmaps: tuple[Bitmap, ...]
+    home: str = ""
+    """Where its segments belong; empty: they are volatile."""
+    elsewhere: tuple[Bitmap, ...] = ()
+    """Bitmaps on its other node, where segments are in the other mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +169,8 @@ class DiskPlan:
     disable: tuple[str, ...]
     """Older recording segments of the chain, to be disabled after the switch."""
     drop: tuple[str, ...]
-    """Segments before a hole in the history, to be removed as ``new`` is added."""
+    """Segments before a hole in the history, to be removed as ``new`` is added. With
+    them go strangers, and bitmaps of ours that a killed QEMU left inconsistent."""
     union: tuple[str, ...]
     """Bitmaps to merge; empty exactly when ``whole`` gives a reason."""
     whole: str | None
@@ -154,6 +183,8 @@ class DiskPlan:
     opens: bool = True
     """Whether ``new`` is added. Not where a hole can't be cut off: while it is the
     newest thing there is, every job sees it."""
+    drop_elsewhere: tuple[str, ...] = ()
+    """The same on the disk's other node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +224,7 @@ def plan(
     parent_seq = max((s.seq for s in everything if s.job == parent), default=None)
     return {
         key: _plan_disk(
-            Segment(seq, chain, level.letter, job, disk.size, int(now or 0)),
+            Segment(seq, chain, level.letter, job, disk.size, int(now or 0), disk.home),
             level,
             parent,
             parent_seq,
@@ -205,8 +236,42 @@ def plan(
 
 
 def _segments(disk: Tracked, chain: str) -> list[Segment]:
-    found = (parse_segment(bitmap.name) for bitmap in disk.bitmaps)
-    return sorted(s for s in found if s is not None and s.chain == chain)
+    found = _parsed(disk.bitmaps)
+    return sorted(s for s in found if s.chain == chain and s.home == disk.home)
+
+
+def _parsed(bitmaps: Sequence[Bitmap]) -> list[Segment]:
+    found = (parse_segment(bitmap.name) for bitmap in bitmaps)
+    return [segment for segment in found if segment is not None]
+
+
+def leftovers(
+    chain: str, disk: Tracked, *, tracking: bool = True
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the bitmaps of ours that serve nobody any more: (on its node, elsewhere).
+
+    That is the chain's where it doesn't belong, and what a killed QEMU has left
+    inconsistent, whosever chain it is: it tells nothing, and keeps the disk from being
+    resized and the VM from being migrated.
+
+    Args:
+        tracking: whether the chain goes on; without, nothing in the image is of use.
+    """
+
+    def useless(bitmap: Bitmap, home: str | None) -> bool:
+        segment = parse_segment(bitmap.name)
+        if segment is None or bitmap.busy:
+            return False
+        if bitmap.inconsistent:
+            return True
+        if not tracking:
+            return segment.chain == chain and bitmap.persistent
+        return segment.chain == chain and segment.home != home
+
+    return (
+        tuple(b.name for b in disk.bitmaps if useless(b, disk.home)),
+        tuple(b.name for b in disk.elsewhere if useless(b, None)),
+    )
 
 
 def _plan_disk(
@@ -223,7 +288,7 @@ def _plan_disk(
     if level.letter == "F":
         reason, union = "level Full", []
     else:
-        reason, union = _union(level, parent, disk, segments, states)
+        reason, union = _union(level, new.chain, parent, disk, segments, states)
     start = union[0] if union and reason is None else None
     hole = _hole(disk, segments, states)
     drop, kept = segments[:hole], segments[hole:]
@@ -231,16 +296,22 @@ def _plan_disk(
     folds: tuple[Fold, ...] = ()
     if opens and not any(states[s.name].busy for s in kept):
         folds = _folds(level, start, parent_seq, kept)
+    dropped = [s.name for s in drop if opens]
+    useless, elsewhere = leftovers(new.chain, disk)
+    # What must stay because a hole can't be cut off is not to be thinned out, either.
+    known = {segment.name for segment in segments}
+    dropped += [name for name in useless if name not in known]
     return DiskPlan(
         new=new,
         disable=tuple(s.name for s in kept if opens and states[s.name].recording),
-        drop=tuple(s.name for s in drop if opens),
+        drop=tuple(dropped),
         union=tuple(s.name for s in union) if start else (),
         whole=reason,
         parent_job=start.job if start else None,
         parent_size=start.size if start else 0,
         folds=folds,
         opens=opens,
+        drop_elsewhere=elsewhere,
     )
 
 
@@ -258,7 +329,9 @@ def _hole(
         place
         for place, segment in enumerate(segments, 1)
         # A bitmap shrinks with its disk and grows again with a clean tail.
-        if states[segment.name].inconsistent or segment.size > disk.size
+        if states[segment.name].inconsistent
+        or segment.size > disk.size
+        or states[segment.name].persistent != bool(disk.home)
     )
     return max(bad, default=0)
 
@@ -288,6 +361,7 @@ def _folds(
 
 def _union(
     level: Level,
+    chain: str,
     parent: str | None,
     disk: Tracked,
     segments: Sequence[Segment],
@@ -296,13 +370,17 @@ def _union(
     """Return (why the disk must be read whole, []) or (None, the segments since P)."""
     if not level.parent_job:
         return "Bacula names no previous job", []
+    own = next((s for s in segments if s.job == parent), None)
+    if own is None and (why := _stranger(chain, parent, disk)):
+        return why, []
     if not segments:
         return (
             f"no change tracking since job {level.parent_job} on this disk "
             "(VM or disk was stopped, replaced, moved or first seen since)",
             [],
         )
-    own = next((s for s in segments if s.job == parent), None)
+    if own is None and any(states[s.name].inconsistent for s in segments):
+        return f"the segment of job {parent} is lost (QEMU was killed)", []
     if own is None:
         return (
             f"the segment of job {level.parent_job} is gone "
@@ -318,6 +396,8 @@ def _union(
             return f"bitmap {segment.name} is in use by another operation", []
         if state.granularity != CLUSTER:
             return f"bitmap {segment.name} has granularity {state.granularity}", []
+        if state.persistent != bool(disk.home):
+            return f"bitmap {segment.name} isn't as persistent as its name says", []
     if not states[union[-1].name].recording:
         return (
             f"tracking was interrupted: bitmap {union[-1].name} is not recording "
@@ -329,6 +409,22 @@ def _union(
     return None, union
 
 
+def _stranger(chain: str, parent: str | None, disk: Tracked) -> str | None:
+    """Return why a segment of P that is here doesn't count; None: there is none."""
+    for segment in _parsed((*disk.bitmaps, *disk.elsewhere)):
+        if segment.chain != chain or segment.job != parent:
+            continue
+        if segment.home and disk.home and segment.home != disk.home:
+            return (
+                f"the image's segment of job {parent} is another disk's or VM's, or "
+                "older than a rollback or restore, which gave the VM a new vmgenid"
+            )
+        if bool(segment.home) != bool(disk.home):
+            was = "persistent" if segment.home else "volatile"
+            return f"the segment of job {parent} is {was} (cbt was changed since)"
+    return None
+
+
 def _parent_job(
     job: str, level: Level, segments: Sequence[Segment], now: float | None
 ) -> str | None:
@@ -336,31 +432,32 @@ def _parent_job(
 
     Usually that name itself. After a VirtualFull whose sources were pruned,
     PrevJobName may be the VirtualFull's own name, which was never a backup of ours;
-    then ``since`` is the start of its newest member. Two witnesses must name that
-    member, neither of which is enough:
+    then ``since`` is the start of its newest member. All of this must name that member,
+    since each alone has named a job that failed:
 
-    - its segment is the only one that began in the minutes after ``since``. Jobs that
-      waited start close together, and the second may have failed.
-    - its name carries the time ``since``. Names are in the Director's local time; read
-      in another zone they are hours off and, with an hourly schedule, fit the wrong
-      job. So the running job's own name must agree with our clock, too: one that
-      waited long, or a Director in another zone, gets a whole read.
+    - the name we were given carries a later time than ``since``, so it is not the
+      member's own, whose segment is gone.
+    - the member's segment is the only one that began just after ``since``.
+    - its name carries the time ``since``: it didn't wait, as a second job might have
+      that was due when the member, which had waited, began. Names are in the Director's
+      local time; read in another zone they are hours off and, with an hourly schedule,
+      fit the wrong job. So the running job's own name must agree with our clock, too:
+      one that waited long, or a Director in another zone, gets a whole read.
     """
-    jobs = {segment.job for segment in segments}
-    if not level.parent_job or level.parent_job in jobs:
-        return level.parent_job
-    named = _started(job)
-    if level.since is None or now is None or named is None:
-        return level.parent_job
-    if not -60 <= now - named < PUNCTUAL_S:
-        return level.parent_job
-    near = {s.job for s in segments if -2 <= s.began - level.since < PUNCTUAL_S}
+    given = level.parent_job
+    if not given or any(segment.job == given for segment in segments):
+        return given
+    since, named, virtual = level.since, _started(job), _started(given)
+    if since is None or now is None or named is None or virtual is None:
+        return given
+    if not -60 <= now - named < PUNCTUAL_S or virtual <= since + 2:
+        return given
+    near = {s.job for s in segments if -2 <= s.began - since < SOON_S}
     if len(near) != 1:
-        return level.parent_job
+        return given
     (member,) = near
     stamp = _started(member)
-    fits = stamp is not None and 0 <= level.since - stamp <= 2
-    return member if fits else level.parent_job
+    return member if stamp is not None and 0 <= since - stamp <= 2 else given
 
 
 def _started(job: str) -> float | None:

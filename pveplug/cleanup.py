@@ -30,6 +30,7 @@ from pveplug.qmp import Qmp, VmGoneError, qmp_session
 
 log = logging.getLogger(__name__)
 
+SERVER: Final = "NBD server"
 BROKEN_S: Final = 5.0
 """How long a clean-up that lost its connection is begun anew."""
 DRAIN_TIMEOUT_S: Final = 25.0
@@ -47,6 +48,18 @@ async def query_graph(qmp: Qmp) -> Graph:
         jobs=await qmp.execute("query-jobs"),
         iothreads=await qmp.execute("query-iothreads"),
     )
+
+
+async def find_ours(qmp_path: str, nbd_socket: str) -> list[str]:
+    """Return what :func:`clean_up` would remove now; nothing is changed.
+
+    Raises:
+        VmGoneError, TransportError, QmpError: as there.
+    """
+    async with qmp_session(qmp_path) as qmp:
+        graph = await query_graph(qmp)
+    stops = listens(nbd_socket) and not graph.foreign_exports
+    return [*graph.ours, SERVER] if stops else graph.ours
 
 
 async def clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
@@ -85,23 +98,26 @@ async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
         graph = await query_graph(qmp)
         found = graph.ours
         await _resume(qmp, graph)
-        for name in graph.exports:
-            if name.startswith(PREFIX):
-                await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
+        for name in graph.our_exports:
+            await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
     # Ending a fleecing job waits, with the whole VM, for requests of a reader that
     # takes no answers: so not before the exports are gone.
-    graph = await _drained(qmp_path, graph, lambda now: now.exports)
-    if jobs := [name for name in graph.jobs if name.startswith(PREFIX)]:
+    graph = await _drained(qmp_path, graph, lambda now: now.our_exports)
+    if graph.our_jobs:
         async with qmp_session(qmp_path) as qmp:
-            for name in jobs:
+            for name in graph.our_jobs:
                 await _quietly(qmp, "job-cancel", {"id": name})
-    graph = await _drained(qmp_path, graph, lambda now: (*now.exports, *now.jobs))
+    graph = await _drained(
+        qmp_path, graph, lambda now: [*now.our_exports, *now.our_jobs]
+    )
     async with qmp_session(qmp_path) as qmp:
-        if listens(nbd_socket):
+        # Somebody else's export on our server would go with it.
+        if listens(nbd_socket) and not graph.foreign_exports:
             await _quietly(qmp, "nbd-server-stop", None)
-            found.append("NBD server")
+            found.append(SERVER)
         await _remove_nodes(qmp, graph)
-    _forget(nbd_socket)
+    if not listens(nbd_socket):
+        _forget(nbd_socket)
     if found:
         log.info("cleaned socket=%s found=%s", qmp_path, ",".join(found))
     return found
@@ -117,19 +133,19 @@ async def _resume(qmp: Qmp, graph: Graph) -> None:
 
 
 async def _drained(
-    qmp_path: str, graph: Graph, names: Callable[[Graph], tuple[str, ...]]
+    qmp_path: str, graph: Graph, names: Callable[[Graph], list[str]]
 ) -> Graph:
     """Come back until none of these is ours any more; return the graph then."""
     try:
         async with asyncio.timeout(DRAIN_TIMEOUT_S):
             pause = 0.02
-            while any(n.startswith(PREFIX) for n in names(graph)):
+            while names(graph):
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.5)
                 async with qmp_session(qmp_path) as qmp:
                     graph = await query_graph(qmp)
     except TimeoutError as error:
-        left = [n for n in names(graph) if n.startswith(PREFIX)]
+        left = names(graph)
         raise IntegrityError(
             f"QEMU did not end {', '.join(left)} in {DRAIN_TIMEOUT_S:.0f} s"
         ) from error
@@ -137,7 +153,7 @@ async def _drained(
 
 
 async def _remove_nodes(qmp: Qmp, graph: Graph) -> None:
-    names = [name for name in graph.nodes if name.startswith(PREFIX)]
+    names = graph.our_nodes
     for name in names:
         if name.startswith(f"{PREFIX}sa-"):
             await qmp.execute("blockdev-del", {"node-name": name})

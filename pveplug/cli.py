@@ -15,7 +15,7 @@ from typing import Final
 
 from cryptography import x509
 
-from pveplug import __version__
+from pveplug import __version__, command_bitmaps, command_repair, command_verify
 from pveplug.config import level_warning, parse_backup, parse_restore, shown
 from pveplug.errors import ConfigError, PveplugError, TransportError
 from pveplug.manual import explain
@@ -44,8 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _help(parser, arguments.topic, arguments.names)
             case "check-config":
                 return _check_config(arguments)
+            case "repair":
+                return command_repair.run(arguments)
+            case "bitmaps":
+                return command_bitmaps.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
+            case "verify":
+                return command_verify.run(arguments)
     except ConfigError as error:
         return _failed(error, EX_CONFIG)
     except PveplugError as error:
@@ -72,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pveplug",
         description="Look after the Proxmox VE plug-in for Bacula.",
         epilog="Exit status: 0 all well; 2 wrong arguments; 69 a host does not answer; "
-        "78 the configuration is wrong.",
+        "78 the configuration is wrong; of repair also 1 and 75.",
     )
     parser.add_argument("--version", action="version", version=f"pveplug {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -113,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     pin.add_argument("host", metavar="HOST[:PORT]", help="port 8006 by default")
     pin.add_argument("--timeout", type=float, default=_PIN_TIMEOUT_S, metavar="SECONDS")
+    command_repair.add_parser(commands)
+    command_verify.add_parser(commands)
+    command_bitmaps.add_parser(commands)
     return parser
 
 

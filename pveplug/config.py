@@ -122,7 +122,8 @@ class Capture:
     cbw_timeout: int = 10
     latency_budget_ms: int = 0
     """Mean time of the guest's requests above which reading backs off; 0: never."""
-    cbt: Literal["auto", "off"] = "auto"
+    cbt: Literal["on", "persistent", "off"] = "on"
+    compare: bool = True
     lock_wait: int = 60
     max_parallel_disks: int = 2
     bwlimit: int = 0

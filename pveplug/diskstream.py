@@ -52,6 +52,14 @@ class Digest(Protocol):
     def update(self, guest_offset: int, view: memoryview) -> None: ...
 
 
+class Leaves(Protocol):
+    """What wants to see it in its buffer, where zeroes are found without a copy."""
+
+    def take(
+        self, offset: int, buffer: bytearray, start: int, length: int
+    ) -> object: ...
+
+
 @dataclass(slots=True)
 class Progress:
     """Bytes so far; ``total`` is what is to be read."""
@@ -117,10 +125,11 @@ async def give_back_unread(client: NbdClient, clusters: ClusterMap) -> None:
     shortest = max(TRIM_AHEAD, client.size // TRIM_RUNS)
     for run in clusters.runs():
         if run.kind is not Kind.DATA and run.length >= shortest:
-            await _trim(client, run.offset, run.length)
+            await trim_range(client, run.offset, run.length)
 
 
-async def _trim(client: NbdClient, offset: int, length: int) -> None:
+async def trim_range(client: NbdClient, offset: int, length: int) -> None:
+    """Give a range of scratch space back, in requests of at most 1 GiB."""
     while length > 0:
         step = min(length, 1024 * MiB)
         await client.trim(offset, step)
@@ -140,12 +149,14 @@ class DiskStream:
         trim: bool,
         limit: RateLimit,
         digest: Digest | None = None,
+        leaves: Leaves | None = None,
     ) -> None:
         self._client = client
         self._writer = Qcow2StreamWriter(clusters, backing=backing)
         self._trim = trim
         self._limit = limit
         self._digest = digest
+        self._leaves = leaves
         self._reader = OrderedReader(
             client, request_bytes=512 * KiB, allowed=lambda: limit.pace.in_flight
         )
@@ -212,6 +223,8 @@ class DiskStream:
         await self._limit.spend(length)
         if self._digest is not None:
             self._digest.update(slot.offset + start, slot.view[start : start + length])
+        if self._leaves is not None:
+            self._leaves.take(slot.offset + start, slot.buffer, start, length)
         end = start + length
         run = start  # where the run of clusters that aren't zero began
         at = start
@@ -247,7 +260,7 @@ class DiskStream:
     async def _flush_trim(self) -> None:
         pending, self._trimmed = self._trimmed, Extent(0, 1, Kind.CLEAN)
         if pending.kind is Kind.DATA:
-            await _trim(self._client, pending.offset, pending.length)
+            await trim_range(self._client, pending.offset, pending.length)
 
     async def aclose(self) -> None:
         """Stop reading ahead."""

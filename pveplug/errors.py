@@ -110,7 +110,16 @@ class TransportError(PveplugError):
 
 
 class IntegrityError(PveplugError):
-    """The copy is not the disk: a gap, an overlap, a digest, a lost segment."""
+    """The copy is not the disk: a gap, an overlap, a digest, a lost segment.
+
+    Attributes:
+        offset: where, in bytes of what the text speaks of (a disk, an image's file);
+            None where that has no place.
+    """
+
+    def __init__(self, message: str, *, offset: int | None = None) -> None:
+        super().__init__(message)
+        self.offset = offset
 
 
 class JobError(PveplugError):

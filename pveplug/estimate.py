@@ -8,6 +8,7 @@ else counts with the disk's size. Nothing is frozen, locked or added.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from pveplug import cbt
 from pveplug.access import choose_vms
@@ -22,6 +23,7 @@ from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from pveplug.qmp import qmp_session
 from pveplug.selection import SelectedDisks, VmSummary, select_disks
+from pveplug.source import segment_homes
 from pveplug.units import human
 from pveplug.vmconfig import smbios_uuid
 
@@ -54,7 +56,7 @@ class Estimate:
             disks = select_disks(
                 config, self._config.selection.exclude_disk, vmid=vm.vmid
             )
-            sizes = await self._sizes(vm, disks)
+            sizes = await self._sizes(vm, config, disks)
             directory = job_directory(
                 vm.vmid, smbios_uuid(config) or "", self._session.job.name or "estimate"
             )
@@ -63,7 +65,9 @@ class Estimate:
                 async with self._session.file(info, offsets=False):
                     pass
 
-    async def _sizes(self, vm: VmSummary, disks: SelectedDisks) -> dict[str, int]:
+    async def _sizes(
+        self, vm: VmSummary, config: Mapping[str, str], disks: SelectedDisks
+    ) -> dict[str, int]:
         """Return at most how many bytes would be read of each disk."""
         sizes = {drive.key: drive.size or 0 for drive in disks.chosen}
         if self._local.vm_running(vm.vmid) is None:
@@ -77,10 +81,11 @@ class Estimate:
             return sizes
         sizes |= {key: disk.size for key, disk in found.items()}
         job = self._session.job
-        if job.level not in ("I", "D") or self._config.capture.cbt != "auto":
+        if job.level not in ("I", "D") or self._config.capture.cbt == "off":
             return sizes
+        homes = segment_homes(self._config.capture, vm.vmid, config, found)
         tracked = {
-            key: cbt.Tracked(disk.size, disk.bitmaps)
+            key: disk.tracked("" if disk.volatile_because else homes.get(key, ""))
             for key, disk in found.items()
             if not disk.is_flash
         }

@@ -25,6 +25,11 @@ from pveplug.errors import JobError
 
 log = logging.getLogger(__name__)
 POLL_S: Final = 0.2
+UNREADABLE: Final = "(unreadable journal)"
+
+
+class VmBusyError(JobError):
+    """A job of ours, or a program that one has left running, holds the VM."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,8 @@ class Entry:
     """Its SMBIOS UUID: a VM with another one under this id is not ours to destroy."""
     changed: float = 0.0
     """When this was written: what was asked for just before may still happen."""
+    damage: str = ""
+    """Why the file can't be read: what it said is lost. Never written."""
 
 
 class Journal:
@@ -119,16 +126,33 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
-        _sync(self._path.parent)
+        sync_directory(self._path.parent)
 
     def close(self) -> None:
-        """Nothing is left to undo."""
-        _unlink(self.proof)
-        _unlink(self._path)
+        """Nothing is left to undo, but for a guest that an earlier job froze."""
+        if self.entry.frozen:
+            left = self.entry
+            self.entry = Entry(left.vmid, left.job, left.kind, frozen=True)
+            self._try_write()
+        else:
+            _forget(self._path)
 
 
-def _sync(directory: Path) -> None:
-    """Have a rename survive a power failure."""
+def _forget(path: Path) -> None:
+    """Remove a journal and its proof, so that no power cut brings them back.
+
+    One that came back would claim a lock that is vzdump's by then.
+    """
+    for suffix in ("held", "json", "new"):
+        _unlink(path.with_suffix(f".{suffix}"))
+    try:
+        sync_directory(path.parent)
+    except OSError as error:
+        log.warning("journal path=%s not synced: %s", path, error)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have what happened to names in a directory survive a power failure."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -154,26 +178,46 @@ def _unwritable(path: Path, error: OSError, vmid: int | None = None) -> JobError
 
 
 def _directory(state_dir: str) -> Path:
+    """Return the directory of journals; made where it isn't there."""
     path = Path(state_dir) / "vms"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
 
 
+def _make(directory: Path) -> None:
+    if directory.is_dir():
+        return
+    _make(directory.parent)
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        if not directory.is_dir():
+            raise
+    sync_directory(directory.parent)
+
+
 def read_entry(state_dir: str, vmid: int) -> Entry | None:
-    """Return the journal that is there for a VM, or None."""
-    path = _directory(state_dir) / f"{vmid}.json"
+    """Return the journal that is there for a VM, or None; nothing is written.
+
+    A journal is renamed into place whole, so one that can't be read is a broken disk or
+    somebody's edit. Then ``damage`` says why, and all there is to go by is what can be
+    found without it: names in QEMU and in the scratch directory, and the proof of a
+    lock.
+    """
+    path = Path(state_dir) / "vms" / f"{vmid}.json"
     try:
         return _entry(vmid, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        # A journal is renamed into place whole; a broken one is a broken disk. What
-        # can be found without it (QEMU, the lock) is then all there is to go by.
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         log.warning("journal path=%s error=%s", path, error)
-        return Entry(vmid, "(unreadable journal)", "backup", touched=True)
+        damage = f"{path}: {error or type(error).__name__}"
+        return Entry(
+            vmid, UNREADABLE, "backup", asking=True, touched=True, damage=damage
+        )
 
 
 def _entry(vmid: int, values: Any) -> Entry:
@@ -184,7 +228,7 @@ def _entry(vmid: int, values: Any) -> Entry:
     """
     entry = Entry(vmid, str(values["job"]), str(values["kind"]))
     for spec in dataclasses.fields(Entry):
-        if spec.name not in values:
+        if spec.name not in values or spec.name == "damage":
             continue
         value = values[spec.name]
         known = getattr(entry, spec.name)
@@ -199,12 +243,18 @@ def _entry(vmid: int, values: Any) -> Entry:
     return entry
 
 
+def vmids_of(state_dir: str) -> list[int]:
+    """Return the VMs that have a journal, readable or not."""
+    found = (Path(state_dir) / "vms").glob("*.json")
+    return sorted(int(path.stem) for path in found if path.stem.isdecimal())
+
+
 def entries_of(state_dir: str, job: str) -> Iterator[Entry]:
     """Yield the journals a job has left."""
-    for path in sorted(_directory(state_dir).glob("*.json")):
-        if path.stem.isdigit() and (entry := read_entry(state_dir, int(path.stem))):
-            if entry.job == job:
-                yield entry
+    for vmid in vmids_of(state_dir):
+        entry = read_entry(state_dir, vmid)
+        if entry and entry.job == job:
+            yield entry
 
 
 @contextlib.asynccontextmanager
@@ -216,7 +266,8 @@ async def own_vm(state_dir: str, vmid: int, wait_s: float) -> AsyncIterator[int]
     even if we were killed meanwhile.
 
     Raises:
-        JobError: another job has it, and did not end within ``wait_s`` seconds.
+        VmBusyError: another job has it, and did not end within ``wait_s`` seconds.
+        JobError: the lock file can't be opened.
     """
     directory = _directory(state_dir)
     try:
@@ -233,29 +284,67 @@ async def own_vm(state_dir: str, vmid: int, wait_s: float) -> AsyncIterator[int]
                 if time.monotonic() < deadline:
                     await asyncio.sleep(POLL_S)
                     continue
-                entry = read_entry(state_dir, vmid)
-                owner = f"job {entry.job} (pid {entry.pid})" if entry else "another job"
-                raise JobError(
-                    f"{owner} is working on this VM and did not end in {wait_s:.0f} s.",
-                    vm=str(vmid),
-                    phase="lock",
-                    remedy="let it end or cancel it, then run this job again.",
-                ) from None
+                raise _busy(state_dir, vmid, wait_s) from None
         yield file.fileno()
 
 
+@contextlib.contextmanager
+def unowned_vm(state_dir: str, vmid: int) -> Iterator[None]:
+    """Keep jobs of ours off a VM while it is only looked at; nothing is written.
+
+    Raises:
+        VmBusyError: a job has it.
+        JobError: the lock file can't be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        path = Path(state_dir) / "vms" / f"{vmid}.lock"
+        try:
+            file = stack.enter_context(path.open("rb"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            pass  # no job has ever been here
+        except BlockingIOError:
+            raise _busy(state_dir, vmid, 0) from None
+        except OSError as error:
+            raise _unwritable(path, error, vmid) from error
+        yield
+
+
+def _busy(state_dir: str, vmid: int, wait_s: float) -> VmBusyError:
+    entry = read_entry(state_dir, vmid)
+    owner = f"job {entry.job} (pid {entry.pid})" if entry else "another job"
+    waited = f" and did not end in {wait_s:.0f} s" if wait_s else ""
+    return VmBusyError(
+        f"{owner} is working on this VM{waited}.",
+        vm=str(vmid),
+        phase="lock",
+        remedy="let it end or cancel it, then run this again.",
+    )
+
+
 def open_journal(state_dir: str, vmid: int, job: str, kind: str) -> Journal:
-    """Begin a VM's journal; the caller holds the VM with :func:`own_vm`."""
+    """Begin a VM's journal; the caller holds the VM with :func:`own_vm`.
+
+    What the recovery could not do (a guest whose agent was silent) is taken over.
+    """
+    path = _directory(state_dir) / f"{vmid}.json"
+    before = read_entry(state_dir, vmid)
     entry = Entry(vmid, job, kind, pid=os.getpid(), started=time.time())
-    journal = Journal(_directory(state_dir) / f"{vmid}.json", entry)
+    entry.frozen = before is not None and before.frozen
+    journal = Journal(path, entry)
     _unlink(journal.proof)
     journal.note()
+    try:
+        # A job killed just after it had made the directory may not have done it.
+        sync_directory(path.parent.parent)
+    except OSError as error:
+        raise _unwritable(path, error, vmid) from error
     return journal
 
 
 def proven(state_dir: str, vmid: int) -> bool:
     """Whether a job that was setting ``lock: backup`` has set it."""
-    return (_directory(state_dir) / f"{vmid}.held").exists()
+    return (Path(state_dir) / "vms" / f"{vmid}.held").exists()
 
 
 def write_entry(state_dir: str, entry: Entry) -> None:
@@ -265,5 +354,4 @@ def write_entry(state_dir: str, entry: Entry) -> None:
 
 def forget(state_dir: str, vmid: int) -> None:
     """Remove a VM's journal: nothing is left to undo."""
-    for suffix in ("held", "json"):
-        _unlink(_directory(state_dir) / f"{vmid}.{suffix}")
+    _forget(_directory(state_dir) / f"{vmid}.json")

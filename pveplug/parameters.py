@@ -370,17 +370,26 @@ def _capture_rows() -> Iterator[Parameter]:
     yield Parameter(
         "cbt",
         v.choice(
-            "auto",
-            "off",
-            later={
-                "persistent": "persistent change tracking is not in this version; "
-                "use cbt=auto, which tracks while the VM runs"
-            },
+            *("on", "persistent", "off"),
+            also={"auto": "on", "yes": "on", "no": "off"},
         ),
-        "auto",
+        "on",
         group,
         "change tracking with dirty bitmaps",
-        "off: every level reads the disks whole, and leaves no bitmap behind.",
+        "on: while the VM runs; after a stop its disks are read whole once. "
+        "persistent: also over a clean stop, for qcow2 disks, whose images then hold "
+        "the bitmaps; Proxmox VE can't roll such a VM back before 'pveplug bitmaps "
+        "drop --vmid N'. off: every level reads the disks whole, and leaves no bitmap "
+        "behind.",
+    )
+    yield Parameter(
+        "compare",
+        v.BOOLEAN,
+        True,
+        group,
+        "send only what changed of a disk that had to be read whole",
+        "For that, digests of what the disks held are kept under state_dir on the "
+        "node: 16 bytes for each 64 KiB of data.",
     )
     yield Parameter(
         "lock_wait",

@@ -48,6 +48,29 @@ async def reporting(
         )
 
 
+async def comparing(
+    say: Reporter, vm: str, disks: Sequence[tuple[str, Progress]], interval_s: float
+) -> None:
+    """Say every ``interval_s`` seconds how far disks are compared; as `reporting`.
+
+    ``disks`` grows as one after the other begins.
+    """
+    last, at = 0, time.monotonic()
+    while True:
+        await asyncio.sleep(interval_s)
+        read = sum(progress.read for _, progress in disks)
+        now = time.monotonic()
+        rate = (read - last) / max(now - at, 0.001)
+        last, at = read, now
+        for key, progress in disks:
+            if progress.read < progress.total:
+                say.info(
+                    f"{vm} {key}: compared {100 * progress.read // progress.total} %, "
+                    f"{rate / 1e6:.0f} MB/s, changed {human(progress.sent)}, "
+                    f"remaining {human(progress.total - progress.read)}"
+                )
+
+
 def summary(
     name: str,
     disk: Described,
@@ -55,17 +78,28 @@ def summary(
     progress: Progress,
     consistency: str,
     seconds: float,
+    compared: Progress | None = None,
 ) -> str:
-    """Return the closing line of one disk."""
-    if disk.whole:
+    """Return the closing line of one disk.
+
+    Args:
+        seconds: what sending took.
+        compared: what the disk was compared with its digests for, where it was.
+    """
+    if not disk.whole:
+        level = f"changes since {disk.parent_job}"
+    elif compared is None:
         level = f"whole ({disk.whole})"
     else:
-        level = f"changes since {disk.parent_job}"
+        level = f"whole ({disk.whole}), compared with the digests of {disk.parent_job}"
     rate = progress.read / max(seconds, 0.001) / 1e6
-    # Of a disk that is read whole, holes are no news; of changes, a discard is one.
-    dirty = clusters.data_bytes + (0 if disk.whole else clusters.zero_bytes)
+    # Of a disk that is sent whole, holes are no news; of changes, a discard is one.
+    changes = not disk.whole or compared is not None
+    dirty = clusters.data_bytes + (clusters.zero_bytes if changes else 0)
+    twice = "" if compared is None else f"compared {human(compared.read)}, "
+    read = progress.read + (0 if compared is None else compared.read)
     return (
         f"{name}: {level}; {disk.mechanism}; {consistency}; size {human(disk.size)}, "
-        f"dirty {human(dirty)}, read {human(progress.read)}, "
+        f"{twice}dirty {human(dirty)}, read {human(read)}, "
         f"sent {human(progress.sent)}, {seconds:.1f} s, {rate:.0f} MB/s"
     )

@@ -134,6 +134,11 @@ class PveApi(PveSession):
         where = path("nodes", node, "qemu", vmid, "status", "current")
         return values.parse_status(await self.get(where))
 
+    async def snapshots(self, node: str, vmid: int) -> list[str]:
+        """Return the names of the VM's snapshots."""
+        where = path("nodes", node, "qemu", vmid, "snapshot")
+        return values.parse_snapshots(await self.get(where))
+
     async def create_vm(
         self,
         node: str,

@@ -16,7 +16,7 @@ import os
 import re
 import signal
 import stat
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,12 @@ class PveLocal:
         argv = [self.node.qm, "config", str(vmid), "--current"]
         return parse_qm_config(await self._run(argv))
 
+    async def vmids(self) -> list[int]:
+        """Return the ids of this node's VMs."""
+        listed = await self._run([self.node.qm, "list"])
+        words = (line.split() for line in listed.split("\n"))
+        return sorted(int(row[0]) for row in words if row and row[0].isdigit())
+
     async def vm_lock(self, vmid: int) -> str:
         """Return the name of the VM's lock, or an empty text."""
         return (await self.config(vmid)).lock
@@ -155,10 +161,16 @@ class PveLocal:
             raise ProgramError(argv, 0, "it printed no path")
         return found
 
-    async def activate(self, volid: str) -> bool:
+    async def activate(
+        self, volid: str, announce: Callable[[], None] = lambda: None
+    ) -> bool:
         """Make a volume readable on this node.
 
-        Returns: True when it wasn't before, so that the caller deactivates it.
+        Args:
+            announce: called just before a volume is activated that wasn't, so that
+                whoever has to deactivate it knows, whatever happens.
+
+        Returns: whether it was activated, so that the caller deactivates it.
 
         Raises:
             ProgramError: it can't be, or its kind is activated by PVE alone.
@@ -175,6 +187,7 @@ class PveLocal:
                 )
             return False  # rbd:, iscsi:, … are opened by QEMU itself
         if volume := _logical_volume(where, self.node.dev_dir):
+            announce()
             # -K: lvmthin snapshots and bases carry "skip activation".
             await self._run([self.node.lvchange, "-ay", "-K", volume])
         if await _appears(where):
@@ -199,6 +212,19 @@ class PveLocal:
             return False
         listed = await self._run([self.node.pvesm, "list", storage])
         return any(line.split()[:1] == [volid] for line in listed.split("\n"))
+
+    async def fleecing_volumes(self, vmid: int) -> list[str]:
+        """Return the volumes of a VM that are named as fleecing images are."""
+        name = re.compile(rf"[^:]+:(?:.*/)?vm-{vmid}-fleece-[0-9]+(?:\.\w+)?")
+        listed = await self._run([self.node.pvesm, "status", "--content", "images"])
+        rows = [line.split() for line in listed.split("\n")[1:]]
+        active = [row[0] for row in rows if row[2:3] == ["active"]]
+        found = []
+        for storage in active:
+            listed = await self._run([self.node.pvesm, "list", storage])
+            volids = (line.split()[:1] for line in listed.split("\n"))
+            found += [v[0] for v in volids if v and name.fullmatch(v[0])]
+        return found
 
     async def free_volume(self, volid: str) -> None:
         """Free a volume for good, whether or not a configuration names it."""

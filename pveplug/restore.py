@@ -8,7 +8,8 @@
     FINISH ──► every VM that is whole is handed over, the others are undone
 
 Where the objects are missing or damaged, the images are replayed in order, led by the
-``layout.json`` that precedes them in every job.
+``layout.json`` that precedes them in every job. Either way every file of a job that is
+needed is compared with the others of its job, see :mod:`pveplug.images.evidence`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,15 @@ from pveplug.errors import (
     PveplugError,
     RemoteProtocolError,
 )
-from pveplug.images.chain import Chain, JobRecord, by_vm, decode_objects
-from pveplug.images.manifest import LAYOUT_FILE, MAX_JSON, PREFIX, DiskEntry, Manifest
+from pveplug.images.chain import (
+    Chain,
+    JobRecord,
+    by_vm,
+    check_parent,
+    decode_objects,
+)
+from pveplug.images.evidence import JobEvidence, Paper, is_paper
+from pveplug.images.manifest import LAYOUT_FILE, PREFIX, DiskEntry
 from pveplug.node import Node
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
@@ -52,7 +60,7 @@ class _Vm:
     chain: Chain | None
     why_no_chain: str = ""
     target: VmTarget | None = None
-    manifests: dict[str, Manifest] = field(default_factory=dict)
+    jobs: dict[str, JobEvidence] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,10 @@ class Restore:
             await session.objects_done()
             async for file in session.files():
                 await file.accept("CORE")
+            session.info(
+                "Bacula writes these files by itself, unchecked: "
+                f"'pveplug verify {session.job.where}' compares them with their digests"
+            )
             await session.finish_done()
             return
         self._plan(blobs)
@@ -113,6 +125,8 @@ class Restore:
                     phase="restore",
                     remedy=f"select files below {PREFIX}/.",
                 )
+            for vm in self._vms.values():
+                self._check_whole(vm)
             for vm in self._vms.values():
                 if vm.target is not None:
                     await vm.target.commit()
@@ -139,18 +153,20 @@ class Restore:
             )
 
     def _vm_of(self, group: list[JobRecord]) -> _Vm:
+        if self._damaged:
+            # What is lost may be the newest job's: without it an older one would
+            # pass for the one to restore.
+            return _Vm(None, self._damaged[0])
         try:
             chain = Chain(group)
         except IntegrityError as error:
-            if not self._damaged:
-                raise JobError(
-                    f"{error}.",
-                    vm=str(group[0].manifest.vmid),
-                    phase="restore",
-                    remedy="restore with 'select current' (bconsole), or give all "
-                    "JobIds of the chain; a single job can be restored to files.",
-                ) from error
-            return _Vm(None, str(error))
+            raise JobError(
+                f"{error}.",
+                vm=str(group[0].manifest.vmid),
+                phase="restore",
+                remedy="restore with 'select current' (bconsole), or give all "
+                "JobIds of the chain; a single job can be restored to files.",
+            ) from error
         if chain.unused:
             self._session.info(
                 f"VM {chain.head.vmid}: not needed: {', '.join(chain.unused)}"
@@ -177,14 +193,34 @@ class Restore:
             await file.accept("SKIP")
             return
         vm = self._vms.setdefault(name.directory, _Vm(None, "no restore objects"))
-        if name.file == LAYOUT_FILE and vm.chain is None:
-            await self._take_layout(file, name, vm)
-            if vm.target is not None:
-                await vm.target.adopt(vm.manifests[name.job])
-            return
-        if not name.file.endswith(".qcow2"):
+        paper = is_paper(name.file)
+        if (not paper and not name.file.endswith(".qcow2")) or not _needed(vm, name):
             await file.accept("SKIP")
             return
+        try:
+            if paper:
+                await self._take_paper(file, name, vm)
+            else:
+                await self._take_image(file, name, vm, config, api, local, stack)
+        except JobError:
+            raise
+        except (IntegrityError, RemoteProtocolError) as error:
+            key = None if paper else name.file.removesuffix(".qcow2")
+            remedy = "the backup is damaged: try another JobId"
+            if paper:
+                remedy += ", or leave this file out of the selection"
+            raise _failed(vm, key, error, remedy) from error
+
+    async def _take_image(
+        self,
+        file: IncomingFile,
+        name: _Name,
+        vm: _Vm,
+        config: RestoreConfig,
+        api: PveApi,
+        local: PveLocal,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
         key = name.file.removesuffix(".qcow2")
         if vm.target is None:
             vm.target = await self._begin(vm, name, config, api, local, stack)
@@ -193,31 +229,63 @@ class Restore:
             await file.accept("SKIP")
             return
         await file.accept("OK")
+        evidence = _evidence(vm, name)
         try:
             writer = await vm.target.writer(key)
-            await writer.receive(name.job, file, entry.digest_root or None)
-        except JobError:
-            raise
-        except (IntegrityError, RemoteProtocolError) as error:
-            raise _failed(vm, key, error, "the backup is damaged") from error
+            root = await writer.receive(
+                name.job,
+                file,
+                entry.digest_root or None,
+                entry=entry,
+                version=evidence.best.version if evidence.best else 1,
+            )
+            evidence.image(entry.key, root)
         except NbdError as error:
             raise vm.target.write_failed(key, error) from error
+        except (JobError, IntegrityError, RemoteProtocolError):
+            raise
         except PveplugError as error:
             raise _failed(vm, key, error, None) from error
         await file.done()
 
-    async def _take_layout(self, file: IncomingFile, name: _Name, vm: _Vm) -> None:
-        """Learn from the stream what the restore objects should have told."""
-        if file.size > MAX_JSON:
-            raise IntegrityError(f"{file.name} has {file.size} bytes")
+    async def _take_paper(self, file: IncomingFile, name: _Name, vm: _Vm) -> None:
+        """Compare what accompanies the images; without objects it also leads them."""
         await file.accept("OK")
-        content = bytearray()
-        async for _, view in file.data():
-            content += view
-            if len(content) > MAX_JSON:
-                raise IntegrityError(f"{file.name} is longer than announced")
-        vm.manifests[name.job] = Manifest.from_json(bytes(content))
+        paper = Paper(name.file)
+        async for offset, view in file.data():
+            paper.add(offset, view)
+        evidence = _evidence(vm, name)
+        evidence.paper(paper)
         await file.done()
+        if vm.chain is None and name.file == LAYOUT_FILE and evidence.best:
+            parent = vm.jobs.get(evidence.best.built_on or "")
+            if parent is not None and parent.proven is not None:
+                check_parent(evidence.best, parent.proven.digest)
+            if vm.target is not None:
+                await vm.target.adopt(evidence.best)
+
+    def _check_whole(self, vm: _Vm) -> None:
+        """Compare what came with what the jobs' own papers announced, at the end."""
+        if vm.target is None or vm.chain is not None:
+            return
+        for evidence in vm.jobs.values():
+            lost = [key for key in evidence.without_image if key in vm.target.wanted]
+            if lost:
+                raise JobError(
+                    f"job {evidence.job}: Bacula did not deliver the image of "
+                    f"{', '.join(lost)}.",
+                    vm=str(vm.target.vmid),
+                    disk=lost[0],
+                    phase="restore",
+                    remedy="select the whole directory of the VM, in every job of the "
+                    "chain, or name the disks you want with disks=.",
+                )
+            if evidence.unproven:
+                self._session.warning(
+                    f"job {evidence.job}: without restore object and manifest.json "
+                    f"the data of {', '.join(evidence.unproven)} could not be compared "
+                    "with its digests"
+                )
 
     async def _begin(
         self,
@@ -231,8 +299,8 @@ class Restore:
         """Make the target when the first image of a VM comes."""
         if vm.chain is not None:
             manifest = vm.chain.head
-        elif name.job in vm.manifests:
-            manifest = vm.manifests[name.job]
+        elif (described := _evidence(vm, name).best) is not None:
+            manifest = described
         else:
             raise JobError(
                 f"nothing describes {name.directory}/{name.job}: neither restore "
@@ -276,17 +344,47 @@ class Restore:
         """Return what is known of an image; None when it has no part in the result."""
         if vm.chain is not None:
             return vm.chain.disk(name.job, key)
-        manifest = vm.manifests.get(name.job)
+        manifest = _evidence(vm, name).best
         return manifest.disk(key) if manifest else None
 
 
-def _failed(vm: _Vm, key: str, error: PveplugError, remedy: str | None) -> JobError:
+def _needed(vm: _Vm, name: _Name) -> bool:
+    """Whether a job has any part in what is restored.
+
+    Raises:
+        JobError: nobody knows; left out it might be the state that is wanted.
+    """
+    if vm.chain is None or name.job in vm.chain.jobs:
+        return True
+    if name.job in vm.chain.unused:
+        return False
+    raise JobError(
+        f"job {name.job} is in the selection, but the catalogue has no restore object "
+        f"of it, only of {', '.join(vm.chain.jobs)}: which state is wanted?",
+        vm=str(vm.chain.head.vmid),
+        phase="restore",
+        remedy="select only jobs that have one, or restore to files "
+        "(where=/directory).",
+    )
+
+
+def _evidence(vm: _Vm, name: _Name) -> JobEvidence:
+    """Return what is known of a job, beginning with what its restore object says."""
+    if name.job not in vm.jobs:
+        known = vm.chain.record(name.job).manifest if vm.chain else None
+        vm.jobs[name.job] = JobEvidence(f"{name.directory}/{name.job}", known)
+    return vm.jobs[name.job]
+
+
+def _failed(
+    vm: _Vm, key: str | None, error: PveplugError, remedy: str | None
+) -> JobError:
     return JobError(
         str(error),
         vm=str(vm.target.vmid) if vm.target else None,
         disk=key,
-        phase="write",
-        remedy=f"{remedy}: try another JobId." if remedy else None,
+        phase="write" if key else "restore",
+        remedy=f"{remedy}." if remedy else None,
     )
 
 

@@ -20,8 +20,9 @@ from pveplug.errors import IntegrityError
 from pveplug.extents import Kind
 from pveplug.images.chain import Chain
 from pveplug.images.clusters import ClusterMap
-from pveplug.images.digests import DigestVerifier
-from pveplug.images.manifest import parse_backing
+from pveplug.images.digests import VERSION, DigestVerifier
+from pveplug.images.evidence import check_counts, check_header
+from pveplug.images.manifest import DiskEntry, parse_backing
 from pveplug.images.qcow2_reader import (
     GuestData,
     GuestZero,
@@ -117,9 +118,22 @@ class DiskWriter:
             await self._sink.zero(self.size, client.size - self.size)
 
     async def receive(
-        self, job: str, image: Image, digest_root: str | None = None
-    ) -> None:
+        self,
+        job: str,
+        image: Image,
+        digest_root: str | None = None,
+        *,
+        entry: DiskEntry | None = None,
+        version: int = VERSION,
+    ) -> str:
         """Take one image from its first byte to its last.
+
+        Args:
+            digest_root: of its digests; None where only a later file tells.
+            entry: what its job's manifest says of it.
+            version: of the digests.
+
+        Returns: the root of the digests as the image gave them.
 
         Raises:
             IntegrityError: it is damaged, out of its turn, or not what was stored.
@@ -128,34 +142,42 @@ class DiskWriter:
         if self._chain is not None and self._owners:
             owned = self._chain.owned(job, self.key)
         reader = Qcow2StreamReader(name=f"{job}/{self.key}.qcow2")
-        verifier = DigestVerifier(name=f"{job}/{self.key}") if digest_root else None
+        verifier = DigestVerifier(name=f"{job}/{self.key}", version=version)
         async for offset, view in image.data():
             self.written.received += len(view)
             await self._limit.spend(len(view))
-            await self._take(job, reader.receive_data(offset, view), owned, verifier)
-        await self._take(job, reader.receive_eof(image.size), owned, verifier)
-        if verifier is not None and verifier.finish()[1] != digest_root:
+            events = reader.receive_data(offset, view)
+            await self._take(job, events, owned, verifier, entry)
+        events = reader.receive_eof(image.size)
+        await self._take(job, events, owned, verifier, entry)
+        root = verifier.finish()[1]
+        if entry is not None:
+            check_counts(job, entry, verifier)
+        if digest_root and root != digest_root:
             raise IntegrityError(
                 f"job {job}: the image's digests are not those of its manifest; "
                 "what Bacula gave back is not what was stored"
             )
         self.written.jobs.append(job)
         self._missing.discard(job)
+        return root
 
     async def _take(
         self,
         job: str,
         events: list[ImageHeader | GuestData | GuestZero],
         owned: ClusterMap | None,
-        verifier: DigestVerifier | None,
+        verifier: DigestVerifier,
+        entry: DiskEntry | None,
     ) -> None:
-        if verifier is not None:
-            verifier.receive(events)
+        verifier.receive(events)
         sink = self._sink
         if sink is None:
             raise IntegrityError("the disk's volume was not opened")
         for event in events:
             if isinstance(event, ImageHeader):
+                if entry is not None:
+                    check_header(job, entry, event)
                 await self._check_header(job, event, sink)
             elif owned is None:
                 await self._replay(sink, event)

@@ -385,8 +385,9 @@ class VmTarget:
         plan = volume.plan
         storage = self._storages[plan.storage]
         volume.volid = await self._allocate(plan, storage)
-        if await self._local.activate(volume.volid):
-            self.journal.add("active", volume.volid)
+        await self._local.activate(
+            volume.volid, lambda: self.journal.add("active", volume.volid)
+        )
         os.makedirs(self._node.runtime_dir, mode=0o700, exist_ok=True)
         chain = self._goal.chain
         writer = DiskWriter(
@@ -494,9 +495,10 @@ class VmTarget:
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
         # From here on the volumes are the VM's; nothing is taken back any more.
-        self.journal.undone(volumes=[], created=False, active=[])
+        self.journal.undone(volumes=list(self._surplus), created=False, active=[])
         for volid in self._surplus:
             await self._local.free_volume(volid)
+            self.journal.drop("volumes", volid)
         await self._remove_replaced()
         self._write_firewall()
         for key, volume in self._goal.volumes.items():

@@ -14,7 +14,10 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import logging
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -25,12 +28,39 @@ from pveplug.snapshot import ScratchFile
 from pveplug.storeprobe import StoreProbe
 from pveplug.units import GiB, MiB, human
 
+logger = logging.getLogger(__name__)
 RESERVE: Final = 256 * MiB
 """Least free space below which a fleecing backup is ended: 2 s of a fast disk."""
 WATCH_S: Final = 0.5
 FALLOC_FL_KEEP_SIZE: Final = 1
 CREATE_TIMEOUT_S: Final = 60.0
 MOST_NAMES: Final = 64
+_NAME: Final = re.compile(r"ph-([1-9][0-9]{0,8})-[a-z]+[0-9]+\.qcow2")
+
+
+def scratch_owner(name: str) -> int | None:
+    """Return the VM whose scratch image a file of this name is, None for any other."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def scratch_images(directories: Iterable[str], vmid: int | None = None) -> list[str]:
+    """Return the scratch images in these directories, of one VM if it is given."""
+    found = []
+    for directory in dict.fromkeys(directories):
+        try:
+            with os.scandir(directory) as there:
+                plain = [e.name for e in there if e.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            logger.warning("scratch directory=%s error=%s", directory, error)
+            continue
+        for name in sorted(plain):
+            owner = scratch_owner(name)
+            if owner is not None and vmid in (None, owner):
+                found.append(os.path.join(directory, name))
+    return found
 
 
 class VolumeStore(Protocol):
@@ -44,6 +74,9 @@ class VolumeStore(Protocol):
 
     async def path(self, volid: str) -> str:
         """Return where a volume is reached, after activating it."""
+
+    async def exists(self, volid: str) -> bool:
+        """Whether there is a volume of this id."""
 
     async def free(self, volid: str) -> None:
         """Free a volume, if it is there."""
@@ -77,6 +110,7 @@ class LocalScratch:
 
     def __init__(self, directory: str, vmid: int, qemu_img: str, log: Journal) -> None:
         self.directory = directory
+        self._vmid = vmid
         self._prefix = f"{directory}/ph-{vmid}"
         self._qemu_img = qemu_img
         self._journal = log
@@ -151,11 +185,13 @@ class LocalScratch:
             )
 
     async def remove(self) -> None:
-        """Remove every image made."""
+        """Remove every image made, and what an earlier job has left beside it."""
         while self._made:
             path = self._made.pop()
             _unlink(path)
             self._journal.drop("files", path)
+        for path in scratch_images([self.directory], self._vmid):
+            _unlink(path)
 
 
 class StorageScratch:
@@ -218,6 +254,18 @@ class StorageScratch:
             name = f"vm-{self._vmid}-fleece-{self._count}"
             self._count += 1
             expected = self._store.volid(name + (".qcow2" if self._qcow2 else ""))
+            # Before it is in the journal: whose it is can't be told from its name, for
+            # vzdump names its own like this, and what the journal names is freed.
+            if await self._store.exists(expected):
+                if self._count < MOST_NAMES:
+                    continue
+                raise JobError(
+                    f"{expected} and all such names before it are taken.",
+                    vm=str(self._vmid),
+                    phase="scratch",
+                    remedy="look which of them nobody uses any more, and pvesm free "
+                    "those.",
+                )
             self._journal.add("volumes", expected)
             self._made.append(expected)
             try:
@@ -227,7 +275,6 @@ class StorageScratch:
             except PveRefusalError as error:
                 if error.status or error.reason is Reason.EXISTS:
                     self._forget(expected)
-                # vzdump names its own like this; whose it is can't be told.
                 if error.reason is Reason.EXISTS and self._count < MOST_NAMES:
                     continue
                 raise

@@ -33,8 +33,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -113,6 +113,8 @@ class Options:
     cbw_timeout_s: int = 10
     """Below the 30 s after which guests' disk drivers give a request up."""
     cbt: bool = True
+    homes: Mapping[str, str] = field(default_factory=dict)
+    """disk key -> home: disks whose segments are to be persistent, if they can."""
     purpose: str = "bacula"
 
 
@@ -128,10 +130,14 @@ class PointInTime:
         self._options = options
         self._disks: dict[str, DiskNode] = {}
         self._plans: dict[str, cbt.DiskPlan] = {}
+        self._useless: list[tuple[str, str]] = []
+        """(node, bitmap): what is removed as the new segments are added."""
         self.mechanism: Mechanism = "cbw"
         self.version = (0, 0, 0)
         self.missing: list[str] = []
         """Disks asked for which QEMU doesn't have."""
+        self.persistent: list[str] = []
+        """Disks whose segments are in their images."""
         self.notes: list[str] = []
         """What the job log should hear: left-overs, failed folds."""
 
@@ -159,15 +165,7 @@ class PointInTime:
                 "QEMU's only NBD server is in use by another operation "
                 f"({', '.join(graph.foreign_exports)}); wait for it to end"
             )
-        tracked = {
-            key: cbt.Tracked(disk.size, disk.bitmaps)
-            for key, disk in self._disks.items()
-            if not disk.is_flash
-        }
-        if self._options.cbt:
-            self._plans = cbt.plan(
-                job, level, tracked, purpose=self._options.purpose, now=time.time()
-            )
+        self._plan(job, level)
         images = {
             key: await self._scratch.create(
                 key,
@@ -181,6 +179,47 @@ class PointInTime:
             for key, disk in self._disks.items():
                 for node in self._nodes_to_add(disk, images[key]):
                     await qmp.execute("blockdev-add", node)
+
+    def _plan(self, job: str, level: cbt.Level) -> None:
+        tracked = {
+            key: disk.tracked(self._home(disk))
+            for key, disk in self._disks.items()
+            if not disk.is_flash
+        }
+        self.persistent = [key for key, disk in tracked.items() if disk.home]
+        purpose = self._options.purpose
+        if not self._options.cbt:
+            for key, disk in tracked.items():
+                here, elsewhere = cbt.leftovers(
+                    cbt.chain_id(job, purpose), disk, tracking=False
+                )
+                self._to_remove(key, here, elsewhere)
+            return
+        for key in tracked:
+            if key in self._options.homes and key not in self.persistent:
+                why = self._disks[key].volatile_because
+                self.notes.append(f"{key}: change tracking ends with a stop: {why}")
+        self._plans = cbt.plan(job, level, tracked, purpose=purpose, now=time.time())
+        for key, plan in self._plans.items():
+            self._to_remove(key, plan.drop, plan.drop_elsewhere)
+
+    def _home(self, disk: DiskNode) -> str:
+        if not self._options.cbt or disk.volatile_because:
+            return ""
+        return self._options.homes.get(disk.key, "")
+
+    def _node(self, key: str) -> str:
+        """Return the node that carries a disk's segments."""
+        disk = self._disks[key]
+        return disk.image if key in self.persistent else disk.top
+
+    def _to_remove(
+        self, key: str, here: Sequence[str], elsewhere: Sequence[str]
+    ) -> None:
+        disk, node = self._disks[key], self._node(key)
+        other = disk.top if node == disk.image else disk.image
+        self._useless += [(node, name) for name in here]
+        self._useless += [(other, name) for name in elsewhere]
 
     async def _inspect(self, volids: Mapping[str, str]) -> Graph:
         async with qmp_session(self._qmp_path) as qmp:
@@ -264,16 +303,16 @@ class PointInTime:
         # What lies before a hole in the history goes as the new segment comes: apart,
         # a kill in between would hide the hole.
         add: list[tuple[str, dict[str, Any]]] = [
-            ("block-dirty-bitmap-remove", {"node": self._disks[key].top, "name": name})
-            for key, plan in self._plans.items()
-            for name in plan.drop
+            ("block-dirty-bitmap-remove", {"node": node, "name": name})
+            for node, name in self._useless
         ]
         add += [
             (
                 "block-dirty-bitmap-add",
                 {
-                    "node": self._disks[key].top,
+                    "node": self._node(key),
                     "name": plan.new.name,
+                    "persistent": key in self.persistent,
                     # QEMU's default follows a qcow2's smaller clusters.
                     "granularity": CLUSTER,
                 },
@@ -295,7 +334,7 @@ class PointInTime:
             if self._fleeced(disk)
         ]
         disable = [
-            ("block-dirty-bitmap-disable", {"node": self._disks[key].top, "name": name})
+            ("block-dirty-bitmap-disable", {"node": self._node(key), "name": name})
             for key, plan in self._plans.items()
             for name in plan.disable
         ]
@@ -363,7 +402,7 @@ class PointInTime:
     async def _merge(self, key: str, plan: cbt.DiskPlan) -> None:
         scratch = node_names(key)[0]
         union = cbt.union_name(plan.new.chain)
-        top = self._disks[key].top
+        node = self._node(key)
         async with qmp_session(self._qmp_path) as qmp:
             # One merge with a list: every merge keeps a copy of its target until the
             # transaction ends. Never an empty list: QEMU would crash.
@@ -384,7 +423,7 @@ class PointInTime:
                             "node": scratch,
                             "target": union,
                             "bitmaps": [
-                                {"node": top, "name": name} for name in plan.union
+                                {"node": node, "name": name} for name in plan.union
                             ],
                         },
                     ),
@@ -431,7 +470,7 @@ class PointInTime:
 
     async def _fold(self, key: str, plan: cbt.DiskPlan) -> None:
         """Shorten the history; that it fails costs room, never correctness."""
-        top = self._disks[key].top
+        node = self._node(key)
         for fold in plan.folds:
             actions: list[tuple[str, dict[str, Any]]] = []
             if fold.target and fold.sources:
@@ -439,14 +478,14 @@ class PointInTime:
                     (
                         "block-dirty-bitmap-merge",
                         {
-                            "node": top,
+                            "node": node,
                             "target": fold.target,
                             "bitmaps": list(fold.sources),
                         },
                     )
                 )
             actions += [
-                ("block-dirty-bitmap-remove", {"node": top, "name": name})
+                ("block-dirty-bitmap-remove", {"node": node, "name": name})
                 for name in fold.remove
             ]
             try:

@@ -14,10 +14,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pveplug.cbt import Level
+from pveplug.cbt import Level, home_id
 from pveplug.config import Capture
 from pveplug.errors import (
     IntegrityError,
@@ -115,6 +115,20 @@ class _Agent:
         return await self.api.fsfreeze_thaw(self.node, self.vmid)
 
 
+def segment_homes(
+    capture: Capture, vmid: int, config: Mapping[str, str], keys: Iterable[str]
+) -> dict[str, str]:
+    """Return the homes of the disks whose segments are to survive a stop.
+
+    Args:
+        config: the VM's configuration in force.
+    """
+    if capture.cbt != "persistent":
+        return {}
+    uuid, generation = smbios_uuid(config) or "", config.get("vmgenid", "")
+    return {key: home_id(vmid, uuid, generation, key) for key in keys}
+
+
 class _Volumes:
     """Scratch volumes on a PVE storage."""
 
@@ -135,6 +149,9 @@ class _Volumes:
     async def path(self, volid: str) -> str:
         await self._local.activate(volid)
         return await self._local.volume_path(volid)
+
+    async def exists(self, volid: str) -> bool:
+        return await self._local.volume_exists(volid)
 
     async def free(self, volid: str) -> None:
         if await self._local.volume_exists(volid):
@@ -263,7 +280,8 @@ class _Opener:
             Options(
                 mechanism=self._capture.mechanism,
                 cbw_timeout_s=self._capture.cbw_timeout,
-                cbt=self._capture.cbt == "auto",
+                cbt=self._capture.cbt != "off",
+                homes=segment_homes(self._capture, vmid, config, drives),
             ),
         )
         self._journal.note(touched=True, nbd_socket=nbd_socket)
@@ -274,6 +292,8 @@ class _Opener:
             )
         for note in point.notes:
             self._say.info(f"VM {vmid}: {note}")
+        if point.persistent:
+            await self._warn_of_rollback(point.persistent)
         if point.missing:
             raise JobError(
                 "QEMU has no such disk, though the VM's configuration names it "
@@ -306,6 +326,26 @@ class _Opener:
         if point.mechanism == "fleece":
             opened.counted = set(scratch.counted)
             opened.fleeced = set(scratch.paths)
+
+    async def _warn_of_rollback(self, disks: list[str]) -> None:
+        """Say what persistent bitmaps do to Proxmox VE's rollback."""
+        remedy = (
+            f"Before 'qm rollback {self._vmid} …': pveplug bitmaps drop "
+            f"--vmid {self._vmid}; the next backup then reads the disks whole"
+        )
+        images = f"bitmaps in the images of {', '.join(disks)} (cbt=persistent)"
+        snapshots = await self._api.snapshots(self._here, self._vmid)
+        if snapshots:
+            self._say.warning(
+                f"VM {self._vmid} has snapshots ({', '.join(snapshots)}) and {images}: "
+                "Proxmox VE's rollback fails on such an image and leaves the VM "
+                f"locked. {remedy}"
+            )
+            return
+        self._say.info(
+            f"VM {self._vmid}: {images}; they keep Proxmox VE from rolling back. "
+            f"{remedy}"
+        )
 
     async def _at_one_instant(
         self,
@@ -500,9 +540,12 @@ class _Opener:
         self, stack: contextlib.AsyncExitStack, drive: Drive, whole: str
     ) -> ReadableDisk:
         """Serve a volume by qemu-nbd, read-only; always read whole."""
-        if await self._local.activate(drive.file):
+
+        def announce() -> None:
             self._journal.add("active", drive.file)
             stack.push_async_callback(self._deactivate, drive.file)
+
+        await self._local.activate(drive.file, announce)
         path = await self._local.volume_path(drive.file)
         size = None
         if drive.key.startswith("efidisk"):

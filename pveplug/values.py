@@ -97,10 +97,19 @@ def integer(minimum: int, maximum: int, unit: str = "") -> Type:
     return Type("number", f"a whole number from {shown}", parse, menu="PINT32")
 
 
-def choice(*names: str, later: Mapping[str, str] | None = None) -> Type:
-    """Return the type of one of ``names``; ``later`` explains names we refuse."""
+def choice(
+    *names: str,
+    later: Mapping[str, str] | None = None,
+    also: Mapping[str, str] | None = None,
+) -> Type:
+    """Return the type of one of ``names``; ``later`` explains names we refuse.
+
+    Args:
+        also: other spellings -> the name each stands for.
+    """
 
     def parse(text: str) -> str:
+        text = (also or {}).get(text, text)
         if text in names:
             return text
         if later and text in later:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pveplug.errors import JobError, PveplugError
 from pveplug.events import Reporter
-from pveplug.journal import Journal, open_journal, own_vm, read_entry
+from pveplug.journal import Journal, open_journal, own_vm
 from pveplug.node import Node
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.pve_local import ProgramError, PveLocal
@@ -58,10 +58,7 @@ async def held(
         stack.enter_context(local.keeping(fd))
         for line in await recover_vm(node, local, vmid):
             say.warning(f"VM {vmid}: after an earlier job that was cut off: {line}")
-        left = read_entry(node.state_dir, vmid)
         journal = open_journal(node.state_dir, vmid, job, kind)
-        if left is not None:
-            journal.note(frozen=left.frozen)
         try:
             await _lock(local, journal, lock_now, lock_wait_s)
             async with local.register_qmeventd(vmid) as warning:

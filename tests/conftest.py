@@ -10,13 +10,18 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import processes
 
 # The same examples in every run: what a longer, random search finds is a bug to be
 # mended with a test of its own, not a submission that fails by chance.
-settings.register_profile("steady", derandomize=True)
+settings.register_profile(
+    "steady",
+    derandomize=True,
+    # A busy machine draws slowly, which says nothing of the code.
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")

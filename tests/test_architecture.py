@@ -4,7 +4,7 @@
 Imports point down only::
 
     cli, backend, library
-      └─ engines: backup, restore, estimate     each tells one story, alone
+      └─ engines: backup, restore, estimate, verify   each tells one story, alone
           └─ chapters                            what several of the stories tell
               ├─ configuration                   what a job was told
               └─ adapters                        plain arguments; all the rest
@@ -37,8 +37,17 @@ LAYERS: Final = {
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {"config", "parameters", "pluginstring", "manual"},
     "chapters": {"source", "access", "restore_vm"},
-    "engines": {"backup", "restore", "estimate"},
-    "top": {"", "__main__", "cli", "backend", "library"},
+    "engines": {"backup", "restore", "estimate", "verify"},
+    "top": {
+        "",
+        "__main__",
+        "cli",
+        "command_bitmaps",
+        "command_repair",
+        "command_verify",
+        "backend",
+        "library",
+    },
 }
 ADAPTERS: Final = "adapters"
 _BELOW: Final = {ADAPTERS, "configuration", "policy", "proto", "images", "foundation"}

@@ -52,6 +52,7 @@ __all__ = [
     "Manifest",
     "backing_name",
     "by_vm",
+    "check_parent",
     "decode_objects",
     "digest_file",
     "encode_objects",
@@ -60,6 +61,20 @@ __all__ = [
     "parse_backing",
     "vm_directory",
 ]
+
+
+def check_parent(manifest: Manifest, digest: str) -> None:
+    """Compare the digest of a parent's manifest with the one its child names, if any.
+
+    Raises:
+        IntegrityError: it is another; both jobs are named.
+    """
+    if manifest.parent_manifest is not None and manifest.parent_manifest != digest:
+        raise IntegrityError(
+            f"the manifest of job {manifest.built_on} is not the one that job "
+            f"{manifest.job} was built on: its digest is {digest}, and "
+            f"{manifest.parent_manifest} was recorded"
+        )
 
 
 def by_vm(records: Iterable[JobRecord]) -> dict[str, list[JobRecord]]:
@@ -108,7 +123,8 @@ class Chain:
 
         Raises:
             IntegrityError: no records, records of several VMs, a member of the chain
-                is missing (the text names the job), or the links make no sense.
+                is missing or is another than the one that was built on (the text
+                names the job), or the links make no sense.
         """
         found: dict[str, JobRecord] = {}
         for record in records:
@@ -126,6 +142,10 @@ class Chain:
             member.job for members in self._members.values() for member in members
         }
         self.jobs = self._in_order(needed)
+        for job in self.jobs:
+            manifest = found[job].manifest
+            if manifest.built_on in needed:
+                check_parent(manifest, found[manifest.built_on].manifest.digest)
         self.unused = tuple(sorted(found.keys() - needed))
 
     def _choose(self, head: str | None) -> JobRecord:

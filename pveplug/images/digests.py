@@ -9,13 +9,17 @@ The digest of a chunk is taken over ::
 so it covers both what is carried and where. Bytes of a data cluster that weren't sent
 are zeroes and count as such: the sender of a sparse and of a dense stream, and the
 restore that reads either, come to the same. Chunks without a data cluster have no
-digest. The sidecar file lists runs of chunks; its own BLAKE3-128 is the root::
+digest; the zero clusters, wherever they are, have one together, over the offset and
+length (u64 each) of every run of them. The sidecar file lists runs of chunks; its own
+BLAKE3-128 is the root::
 
     PHDG, version, chunk bits, cluster bits, 0, size   16 bytes
     first chunk (u32), count (u32), count x 16 bytes   … repeated, rising
+    digest of the zero clusters                        16 bytes, since version 2
 
-It costs 16 bytes per MiB that has data. blake3 releases the GIL, so all of this may be
-called from a worker thread, by one thread at a time.
+Version 1 left zero clusters outside of chunks with data unguarded: one that was lost
+let the parent's data show. It costs 16 bytes per MiB that has data. blake3 releases the
+GIL, so all of this may be called from a worker thread, by one thread at a time.
 """
 
 from __future__ import annotations
@@ -38,8 +42,10 @@ DIGEST: Final = 16
 
 _HEAD: Final = struct.Struct(">4sBBBBQ")
 _MAGIC: Final = b"PHDG"
-_VERSION: Final = 1
+VERSION: Final = 2
+_VERSIONS: Final = (1, VERSION)
 _RUN: Final = struct.Struct(">II")
+_ZERO_RUN: Final = struct.Struct(">QQ")
 _ZEROES: Final = bytes(1 * MiB)
 
 
@@ -56,8 +62,11 @@ class _Hasher:
         size: int,
         cluster_bits: int,
         on_digest: Callable[[int, bytes], None] | None = None,
+        *,
+        version: int = VERSION,
     ) -> None:
         self._on_digest = on_digest
+        self._version = version
         self._bits = cluster_bits
         # A chunk holds whole clusters: with clusters of 2 MiB it is one of them.
         self.chunk_bits = max(CHUNK_BITS, cluster_bits)
@@ -69,14 +78,25 @@ class _Hasher:
         self._has_data = False
         self._run_at = 0
         self._next = -1  # the chunk that would continue the present run
+        self._zeroes = blake3()
+        self._zero_at = self._zero_end = 0  # the run of zero clusters so far
+        self.data_bytes = self.zero_bytes = 0
         self.sidecar = bytearray(
-            _HEAD.pack(_MAGIC, _VERSION, self.chunk_bits, cluster_bits, 0, size)
+            _HEAD.pack(_MAGIC, version, self.chunk_bits, cluster_bits, 0, size)
         )
 
     def add(
         self, offset: int, length: int, kind: Kind, view: memoryview | None
     ) -> None:
         """Add a run; runs rise, and what lies between two of them is CLEAN."""
+        if kind is Kind.DATA:
+            self.data_bytes += length
+        elif kind is Kind.ZERO:
+            self.zero_bytes += length
+            if offset != self._zero_end:
+                self._close_zeroes()
+                self._zero_at = offset
+            self._zero_end = offset + length
         taken = 0
         while taken < length:
             start = offset + taken
@@ -128,10 +148,20 @@ class _Hasher:
         self._hash = blake3()
         self._has_data = False
 
+    def _close_zeroes(self) -> None:
+        """Add the present run of zero clusters to their digest."""
+        if self._zero_at < self._zero_end:
+            length = self._zero_end - self._zero_at
+            self._zeroes.update(_ZERO_RUN.pack(self._zero_at, length))
+
     def finish(self) -> bytes:
         self._close()
+        self._close_zeroes()
         self._chunk = -1
-        return bytes(self.sidecar)
+        self._zero_at = self._zero_end
+        if self._version == 1:
+            return bytes(self.sidecar)
+        return bytes(self.sidecar) + self._zeroes.digest(DIGEST)
 
 
 class DigestWriter:
@@ -206,13 +236,27 @@ class DigestVerifier:
     passed. Or after it: then :func:`compare` it with what :meth:`finish` returns.
     """
 
-    def __init__(self, sidecar: bytes | None = None, *, name: str = "image") -> None:
+    def __init__(
+        self,
+        sidecar: bytes | None = None,
+        *,
+        name: str = "image",
+        version: int = VERSION,
+    ) -> None:
         """Make one for an image that errors call ``name``.
+
+        Args:
+            version: of the digests, where there is no sidecar to tell: the
+                manifest's own, up to 2.
 
         Raises:
             IntegrityError: the sidecar isn't one.
         """
+        if sidecar is not None:
+            _check_head(sidecar)
+            version = sidecar[4]
         self._name = name
+        self._version = min(version, VERSION)
         self._sidecar = sidecar
         self._expected = None if sidecar is None else chunks(sidecar)
         self._hasher: _Hasher | None = None
@@ -225,7 +269,12 @@ class DigestVerifier:
         """
         for event in events:
             if isinstance(event, ImageHeader):
-                self._hasher = _Hasher(event.size, event.cluster_bits, self._compare)
+                self._hasher = _Hasher(
+                    event.size,
+                    event.cluster_bits,
+                    self._compare,
+                    version=self._version,
+                )
                 if self._sidecar is not None:
                     _same_disk(self._sidecar, self._hasher.sidecar, self._name)
                 continue
@@ -235,6 +284,12 @@ class DigestVerifier:
                 self._hasher.add(event.offset, event.length, Kind.DATA, event.data)
             else:
                 self._hasher.add(event.offset, event.length, event.kind, None)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes of the disk in data clusters and in zero clusters so far."""
+        hasher = self._hasher
+        return (hasher.data_bytes, hasher.zero_bytes) if hasher else (0, 0)
 
     def _compare(self, chunk: int, digest: bytes) -> None:
         if self._expected is None or self._hasher is None:
@@ -256,7 +311,19 @@ class DigestVerifier:
         sidecar = self._hasher.finish()
         if self._expected is not None and (more := next(self._expected, None)):
             raise _differs(self._name, more[0] << self._hasher.chunk_bits)
+        if self._sidecar is not None and sidecar[-DIGEST:] != self._sidecar[-DIGEST:]:
+            raise _zeroes_differ(self._name)
         return sidecar, root_of(sidecar)
+
+
+def _check_head(sidecar: bytes) -> None:
+    if (
+        len(sidecar) < _HEAD.size
+        or not sidecar.startswith(_MAGIC)
+        or sidecar[4] not in _VERSIONS
+        or len(sidecar) < _HEAD.size + (DIGEST if sidecar[4] > 1 else 0)
+    ):
+        raise IntegrityError("digests: not in a known format")
 
 
 def chunks(sidecar: bytes) -> Iterator[tuple[int, bytes]]:
@@ -265,15 +332,15 @@ def chunks(sidecar: bytes) -> Iterator[tuple[int, bytes]]:
     Raises:
         IntegrityError: it isn't one; raised while iterating.
     """
+    _check_head(sidecar)
     at, least = _HEAD.size, 0
-    if len(sidecar) < at or not sidecar.startswith(_MAGIC) or sidecar[4] != _VERSION:
-        raise IntegrityError("digests: not in a known format")
-    while at < len(sidecar):
-        if at + _RUN.size > len(sidecar):
+    end = len(sidecar) - (DIGEST if sidecar[4] > 1 else 0)
+    while at < end:
+        if at + _RUN.size > end:
             raise IntegrityError(f"digests: cut short at byte {at}")
         first, count = _RUN.unpack_from(sidecar, at)
         at += _RUN.size
-        if first < least or not count or at + count * DIGEST > len(sidecar):
+        if first < least or not count or at + count * DIGEST > end:
             raise IntegrityError(f"digests: damaged before byte {at}")
         for number in range(count):
             yield first + number, sidecar[at : at + DIGEST]
@@ -295,6 +362,7 @@ def compare(expected: bytes, computed: bytes, *, name: str = "image") -> None:
         if ours != theirs:
             first = min(pair[0] for pair in (ours, theirs) if pair)
             raise _differs(name, first << bits)
+    raise _zeroes_differ(name)
 
 
 def _same_disk(expected: bytes, computed: bytes | bytearray, name: str) -> None:
@@ -305,5 +373,13 @@ def _same_disk(expected: bytes, computed: bytes | bytearray, name: str) -> None:
 def _differs(name: str, offset: int) -> IntegrityError:
     return IntegrityError(
         f"{name}: the data of the disk near byte {offset} (MiB {offset // MiB}) is not "
-        "what was backed up: its digest differs"
+        "what was backed up: its digest differs",
+        offset=offset,
+    )
+
+
+def _zeroes_differ(name: str) -> IntegrityError:
+    return IntegrityError(
+        f"{name}: its zero clusters are not those that were backed up: their digest "
+        "differs"
     )

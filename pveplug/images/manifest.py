@@ -4,6 +4,10 @@
 ``manifest.json`` lies beside the images and, packed, in the restore objects. It is
 strict: an unknown or ill-typed field is refused, and a later version of the format
 carries another ``version``. docs/protocols/backup-format.md describes every field.
+
+Since version 2 the text ends with its own digest, so not one of its bits can change
+unseen; and it names the digest of its parent's text, so the manifests of a chain are
+a hash chain that only grows at its end.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from blake3 import blake3
+
 from pveplug.errors import IntegrityError
 from pveplug.images.clusters import MAX_SIZE
 
-VERSION: Final = 1
+VERSION: Final = 2
+"""2: ends with ``self``; its digests cover zero clusters too."""
 PREFIX: Final = "/@proxmox"
 MAX_JSON: Final = 16 * 1024 * 1024
 """A PVE configuration is at most 1 MiB; more than this is not one of ours."""
@@ -30,6 +37,8 @@ first in the stream, for a restore that has to do without the catalogue's object
 CONFIG_FILE: Final = "vm.conf"
 FIREWALL_FILE: Final = "firewall.fw"
 
+_END: Final = b"\n}\n"
+_SELF: Final = re.compile(rb',\n "self": "([0-9a-f]{32})"\n\}\n\Z')
 _BACKING: Final = re.compile(r"\.\./([^/\0]+)/([^/\0]+)\Z")
 
 
@@ -63,6 +72,11 @@ def backing_name(parent_job: str, key: str) -> str:
     return f"../{parent_job}/{image_file(key)}"
 
 
+def text_digest(text: bytes) -> str:
+    """Return what a child's manifest calls its parent's: the text's BLAKE3-128."""
+    return blake3(text).hexdigest(16)
+
+
 def parse_backing(name: str) -> tuple[str, str]:
     """Undo :func:`backing_name`; return the job and the file name.
 
@@ -80,7 +94,8 @@ class DiskEntry:
     """One disk in one job; sizes in bytes.
 
     ``backing`` is None when the image stands alone: a Full, or a disk whose changes
-    were not known (``reason`` says why it was read whole).
+    were not known. ``reason`` says why it was read whole, also where it was compared
+    with digests and so has a backing file (``mechanism`` then ends in ``+digests``).
     """
 
     key: str
@@ -143,9 +158,29 @@ class Manifest:
         """Where this job's files are in the backup."""
         return job_directory(self.vmid, self.uuid, self.job)
 
+    @property
+    def built_on(self) -> str | None:
+        """The job whose manifest ``parent_manifest`` is the digest of.
+
+        The one that the images name as their parent's; Bacula's name for it may be
+        another (after a VirtualFull). None: there is none, or they disagree.
+        """
+        parents = {parse_backing(d.backing)[0] for d in self.disks if d.backing}
+        if not parents:
+            return self.parent_job
+        return parents.pop() if len(parents) == 1 else None
+
+    @property
+    def digest(self) -> str:
+        """The digest of this manifest's text, by which its children name it."""
+        return text_digest(self.to_json())
+
     def to_json(self) -> bytes:
-        """Return the content of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+        """Return the content of manifest.json, the same for the same manifest."""
+        values = dataclasses.asdict(self)
+        if self.version < 2:
+            return json.dumps(values, indent=1).encode() + b"\n"
+        return sealed(values)
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Manifest:
@@ -156,6 +191,8 @@ class Manifest:
         """
         if len(text) > MAX_JSON:
             raise IntegrityError(f"manifest: {len(text)} bytes are too many")
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        sealed_text = _proves_itself(raw)
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -170,6 +207,10 @@ class Manifest:
                 f"manifest: version {version}; this pveplug knows up to {VERSION}: "
                 "restore with a newer one"
             )
+        if version >= 2:
+            if not sealed_text:
+                raise IntegrityError("manifest: it does not end with its own digest")
+            del values["self"]
         entries = values.get("disks", [])
         if not isinstance(entries, list):
             raise IntegrityError("manifest: disks is not a list")
@@ -184,6 +225,26 @@ class Manifest:
             raise IntegrityError(f"manifest: impossible uuid {made.uuid!r}")
         job_directory(made.vmid, made.uuid, made.job)
         return made
+
+
+def sealed(values: Mapping[str, object]) -> bytes:
+    """Return the text of a manifest with these fields, its own digest at the end."""
+    body = json.dumps(values, indent=1).encode().removesuffix(b"\n}")
+    return body + b',\n "self": "%b"' % text_digest(body).encode() + _END
+
+
+def _proves_itself(text: bytes) -> bool:
+    """Whether a manifest's text ends with its own digest; version 1 has none.
+
+    Raises:
+        IntegrityError: it ends with another digest.
+    """
+    found = _SELF.search(text)
+    if found and text_digest(text[: found.start()]) != found[1].decode():
+        raise IntegrityError(
+            "manifest: its text is not what was stored: its own digest differs"
+        )
+    return found is not None
 
 
 def _disk(values: object) -> DiskEntry:

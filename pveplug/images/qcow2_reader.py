@@ -184,7 +184,9 @@ class Qcow2StreamReader:
         return []
 
     def _error(self, offset: int, reason: str) -> IntegrityError:
-        return IntegrityError(f"{self._name}: qcow2 at byte {offset}: {reason}")
+        return IntegrityError(
+            f"{self._name}: qcow2 at byte {offset}: {reason}", offset=offset
+        )
 
     def _fail(self, error: IntegrityError) -> None:
         """Remember the failure and let go of everything else."""
@@ -413,7 +415,7 @@ class Qcow2StreamReader:
                     expected += size
                 elif not entry:
                     now = Kind.CLEAN
-                elif entry == qcow2.ZERO_FLAG:
+                elif entry == qcow2.ZERO_FLAG and self._overlay:
                     now = Kind.ZERO
                 else:
                     raise self._bad_entry(index, entry, expected)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -24,11 +25,18 @@ ENDING_S: Final = 0.5
 AGAIN_S: Final = 0.25
 STDERR_BYTES: Final = 4096
 SUN_PATH: Final = 107
+_SOCKET: Final = re.compile(r"nbd-([1-9][0-9]{0,9})-[0-9a-f]+\.sock")
 
 
 def socket_prefix(pid: int) -> str:
     """Return how the names of a process's sockets begin."""
     return f"nbd-{pid}-"
+
+
+def socket_owner(name: str) -> int | None:
+    """Return the process whose socket a file of this name is, None for any other."""
+    found = _SOCKET.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 @contextlib.asynccontextmanager

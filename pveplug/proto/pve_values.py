@@ -211,6 +211,16 @@ def parse_config(data: Any) -> VmConfig:
     return VmConfig(MappingProxyType(values), digest)
 
 
+def parse_snapshots(data: Any) -> list[str]:
+    """Read ``GET /nodes/{node}/qemu/{vmid}/snapshot``: names, without "current".
+
+    Raises:
+        RemoteProtocolError: it isn't a list of named things.
+    """
+    rows = [_object(row, "snapshot") for row in _list(data, "snapshots")]
+    return [name for row in rows if (name := _text(row, "name")) != "current"]
+
+
 def parse_qm_config(text: str) -> VmConfig:
     """Read what ``qm config VMID`` prints: ``key: value`` lines."""
     values: dict[str, str] = {}

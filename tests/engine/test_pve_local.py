@@ -193,6 +193,41 @@ async def test_a_file_needs_no_activation(programs, tmp_path):
         await programs.local.activate("local:100/vm-100-disk-0.raw")
 
 
+async def test_what_is_going_to_be_activated_is_announced_before(programs, monkeypatch):
+    dev = programs.base / "dev"
+    programs.says("pvesm-path", f"{dev}/thick/vm-100-disk-0\n")
+    programs.runs("lvchange--ay", "exit 5")
+    local = PveLocal(dataclasses.replace(programs.node, dev_dir=str(dev)))
+    announced = []
+    with pytest.raises(CommandError):
+        await local.activate(
+            "thick:vm-100-disk-0", lambda: announced.append(list(programs.log()))
+        )
+    assert len(announced) == 1
+    assert not any("lvchange" in line for line in announced[0])
+
+
+async def test_fleecing_volumes_of_one_vm_are_found_on_active_storages(programs):
+    programs.says(
+        "pvesm-status",
+        "Name Type Status Total Used Available %\n"
+        "local dir active 1 1 1 0.0%\n"
+        "nas nfs inactive 0 0 0 0.0%\n",
+    )
+    programs.says(
+        "pvesm-list",
+        "Volid Format Type Size VMID\n"
+        "local:100/vm-100-fleece-0.qcow2 qcow2 images 1 100\n"
+        "local:vm-100-fleece-12 raw images 1 100\n"
+        "local:vm-1001-fleece-0 raw images 1 1001\n"
+        "local:vm-100-disk-0 raw images 1 100\n"
+        "local:xvm-100-fleece-0 raw images 1 100\n",
+    )
+    found = await programs.local.fleecing_volumes(100)
+    assert found == ["local:100/vm-100-fleece-0.qcow2", "local:vm-100-fleece-12"]
+    assert [line for line in programs.log() if "pvesm list nas" in line] == []
+
+
 async def test_a_logical_volume_is_activated_and_deactivated(programs, monkeypatch):
     programs.says("pvesm-path", "/dev/thick/vm-100-disk-0\n")
     there = iter([False, False, True])

@@ -274,7 +274,7 @@ async def test_a_hook_that_hangs_is_killed_with_its_children(tmp_path: Path) -> 
     began = time.monotonic()
     with pytest.raises(JobError, match="longer than"):
         await run_hook(f"sh -c '{script}'", "hook", {}, 0.5)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     await _gone(pid_file)
 
 

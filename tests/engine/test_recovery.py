@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import os
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pveplug import recovery
 from pveplug.errors import IntegrityError, JobError, TransportError
@@ -25,6 +31,11 @@ from pveplug.vmhold import held, take_lock
 
 MISSING = "Configuration file 'nodes/pve1/qemu-server/100.conf' does not exist"
 JOB = "nightly.2026-11-23_01.00.00_03"
+WHOLE = json.dumps(
+    dataclasses.asdict(
+        Entry(100, JOB, "backup", 1, 1.5, locked=False, touched=True, files=["/x"])
+    )
+).encode()
 
 
 class Config:
@@ -88,6 +99,9 @@ class ScriptedLocal:
         if self.late:
             self.late.pop(0)()
         return volid in self.volumes
+
+    async def fleecing_volumes(self, vmid: int) -> list[str]:
+        return sorted(v for v in self.volumes if f"vm-{vmid}-fleece-" in v)
 
     async def free_volume(self, volid: str) -> None:
         self._do(f"free {volid}")
@@ -164,7 +178,7 @@ async def test_an_empty_journal_is_forgotten(node: Node, local: ScriptedLocal) -
 async def test_scratch_goes_after_qemu_and_the_lock_goes_last(
     node: Node, local: ScriptedLocal, qemu: list[Any], tmp_path: Path
 ) -> None:
-    scratch = tmp_path / "scratch"
+    scratch = tmp_path / "ph-100-scsi0.qcow2"
     scratch.touch()
     local.values = {"lock": "backup"}
     local.volumes = {"s:vm-100-fleece-0"}
@@ -173,14 +187,14 @@ async def test_scratch_goes_after_qemu_and_the_lock_goes_last(
         node,
         touched=True,
         locked=True,
-        files=[str(scratch), "/gone"],
+        files=[str(scratch), "/gone/ph-100-scsi1.qcow2"],
         volumes=["s:vm-100-fleece-0"],
     )
     did = await undo(node, local, entry)
     assert local.did == ["free s:vm-100-fleece-0", "unlock"]
     assert not scratch.exists()
     assert did == [
-        "freed QEMU of the backup's nodes",
+        "freed QEMU of ph-cbw-scsi0",
         f"removed {scratch}",
         "freed s:vm-100-fleece-0",
         "unlocked the VM",
@@ -206,7 +220,7 @@ async def test_a_qemu_that_cannot_be_freed_keeps_scratch_and_journal(
     tmp_path: Path,
     error: Exception,
 ) -> None:
-    scratch = tmp_path / "scratch"
+    scratch = tmp_path / "ph-100-scsi0.qcow2"
     scratch.touch()
     local.values = {"lock": "backup"}
     qemu.append(error)
@@ -396,6 +410,31 @@ async def test_somebody_elses_vm_under_the_same_id_stays(
     assert local.did == []
 
 
+async def test_a_vm_of_an_unknown_identity_is_never_destroyed(
+    node: Node, local: ScriptedLocal
+) -> None:
+    local.values = {"smbios1": "uuid=u-2"}
+    await undo(node, local, dead(node, "restore", created=True))
+    assert local.did == []
+
+
+async def test_a_half_restored_vm_that_somebody_uses_by_now_stays_and_is_named(
+    node: Node, local: ScriptedLocal
+) -> None:
+    local.values = {
+        "smbios1": "uuid=u-1",
+        "scsi0": "s:vm-100-disk-0,size=1G",
+        "scsi1": "s:vm-100-disk-7,size=1G",
+        "ide2": "s:cloudinit,media=cdrom",
+    }
+    did = await undo(node, local, restore(node, volumes=["s:vm-100-disk-0"]))
+    assert local.did == []
+    assert did == [
+        "VM 100 stays: the restore was not finished, but it has disks that the restore "
+        "did not make: s:vm-100-disk-7; if it is locked and you want it: qm unlock 100"
+    ]
+
+
 async def test_a_vm_that_is_created_after_our_death_is_waited_for(
     node: Node, local: ScriptedLocal
 ) -> None:
@@ -443,6 +482,112 @@ async def test_sockets_of_the_dead_process_go_and_others_stay(
     assert {path.name for path in run.iterdir()} == {"nbd-12-aa.sock", "100.nbd"}
 
 
+async def test_a_socket_of_a_later_process_with_the_same_number_stays(
+    node: Node, local: ScriptedLocal
+) -> None:
+    run = Path(node.runtime_dir)
+    run.mkdir()
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(run / "nbd-1-aa.sock"))
+        alive.listen()
+        await undo(node, local, dead(node))
+        assert (run / "nbd-1-aa.sock").exists()
+
+
+async def test_what_is_no_scratch_image_is_not_removed_and_named(
+    node: Node, local: ScriptedLocal, tmp_path: Path
+) -> None:
+    odd = ["ph-101-scsi0.qcow2", "ph-100-scsi0.qcow2.bak", "passwd"]
+    files = [str(tmp_path / name) for name in odd]
+    for path in files:
+        Path(path).touch()
+    folder = tmp_path / "ph-100-scsi0.qcow2"
+    folder.mkdir()
+    files += [str(folder), "", "ph-100-scsi0.qcow2", "\0"]
+    did = await undo(node, local, dead(node, files=files, nbd_socket="/etc/100.nb\0"))
+    assert all(text.endswith("it is no scratch image of this VM") for text in did)
+    assert all(Path(path).exists() for path in files[:4])
+    assert len(did) == 7
+
+
+async def test_scratch_images_without_a_journal_are_removed_by_the_next_job(
+    node: Node, local: ScriptedLocal, qemu: list[Any]
+) -> None:
+    node = dataclasses.replace(node, scratch_dir=f"{node.state_dir}/scratch")
+    scratch = Path(node.scratch_dir)
+    scratch.mkdir(parents=True)
+    for name in ("ph-100-scsi0.qcow2", "ph-1001-scsi0.qcow2"):
+        (scratch / name).touch()
+    qemu.append(["ph-sc-scsi0"])
+    did = await recover_vm(node, cast(PveLocal, local), 100)
+    assert did == [
+        "freed QEMU of ph-sc-scsi0",
+        f"removed {scratch}/ph-100-scsi0.qcow2",
+    ]
+    assert [path.name for path in scratch.iterdir()] == ["ph-1001-scsi0.qcow2"]
+
+
+# --- damaged journals -----------------------------------------------------------------
+
+
+@given(
+    st.one_of(
+        st.binary(),
+        st.integers(0, 600).map(lambda cut: WHOLE[:cut]),
+        st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(max_size=4)).map(
+            lambda hit: WHOLE[: hit[0]] + hit[1] + WHOLE[hit[0] + len(hit[1]) :]
+        ),
+        st.just(b"[" * 100_000),
+    )
+)
+def test_no_damage_to_a_journal_stops_a_recovery_or_goes_unsaid(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        node = Node(
+            qemu_run_dir=folder,
+            state_dir=f"{folder}/state",
+            runtime_dir=f"{folder}/run",
+            scratch_dir=f"{folder}/scratch",
+        )
+        local = ScriptedLocal()
+        local.running = False
+        local.values = {"lock": "backup"}
+        Path(node.state_dir, "vms").mkdir(parents=True)
+        path = Path(node.state_dir, "vms/100.json")
+        path.write_bytes(data)
+        readable = read_entry(node.state_dir, 100)
+        assert readable is not None
+        did = asyncio.run(recover_vm(node, cast(PveLocal, local), 100))
+        if readable.damage:
+            assert "can't be read" in did[0]
+            assert local.did == []  # the lock may be anybody's
+        assert not path.exists()
+
+
+async def test_a_broken_journals_lock_is_ours_where_the_proof_is_there(
+    node: Node, local: ScriptedLocal
+) -> None:
+    local.values = {"lock": "backup"}
+    dead(node, asking=True)
+    Path(node.state_dir, "vms/100.json").write_bytes(b"\0" * 300)
+    Path(node.state_dir, "vms/100.held").touch()
+    did = await recover_vm(node, cast(PveLocal, local), 100)
+    assert local.did == ["unlock"]
+    assert "can't be read" in did[0]
+
+
+async def test_a_proof_without_a_journal_proves_nothing(
+    node: Node, local: ScriptedLocal
+) -> None:
+    local.values = {"lock": "backup"}
+    Path(node.state_dir, "vms").mkdir(parents=True)
+    Path(node.state_dir, "vms/100.held").touch()
+    assert await recover_vm(node, cast(PveLocal, local), 100) == []
+    with pytest.raises(JobError, match="vzdump"):
+        async with await hold(node, local, ListReporter()):
+            pass
+    assert local.values == {"lock": "backup"}
+
+
 # --- freezes --------------------------------------------------------------------------
 
 
@@ -469,6 +614,23 @@ async def test_a_stopped_vm_is_neither_thawed_nor_freed(
     local.running = False
     assert await undo(node, local, dead(node, frozen=True, touched=True)) == []
     assert qemu == []
+
+
+async def test_a_guest_that_could_not_be_asked_is_remembered_by_the_next_job(
+    node: Node, local: ScriptedLocal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "AGENT_S", 0.01)
+    dead(node, frozen=True)
+    async with await hold(node, local, ListReporter()):
+        entry = read_entry(node.state_dir, 100)
+        assert entry is not None
+        assert entry.frozen
+    journal = open_journal(node.state_dir, 100, JOB, "restore")
+    journal.add("volumes", "s:a")
+    journal.close()  # as a restore of a disk ends
+    entry = read_entry(node.state_dir, 100)
+    assert entry is not None
+    assert (entry.frozen, entry.volumes) == (True, [])
 
 
 # --- --cleanup ------------------------------------------------------------------------

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``./dev torture`` found, one test each."""
+"""What ``./dev torture`` and experiments found, one test each.
+
+Those of change tracking are listed in docs/cbt.md, "Regression tests".
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +19,7 @@ from typing import Any, cast
 import pytest
 
 from pveplug.cleanup import clean_up
-from pveplug.errors import TransportError
+from pveplug.errors import QmpError, TransportError
 from pveplug.journal import open_journal, read_entry
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
@@ -151,3 +156,40 @@ def answered(channel: socket.socket) -> bool:
 
 def say(channel: socket.socket, message: dict[str, Any]) -> None:
     channel.sendall(json.dumps(message).encode() + b"\r\n")
+
+
+async def test_a_filter_that_is_in_use_but_not_under_the_guest_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``qom-set`` to the node that the device has already would abort QEMU (C4)."""
+    image = {"file": "/images/a.raw"}
+    replies: dict[str, Any] = {
+        "query-status": {"status": "running"},
+        "query-block": [
+            {
+                "device": "drive-scsi0",
+                "inserted": {"node-name": "#block142", "drv": "raw", **image},
+            }
+        ],
+        "query-named-block-nodes": [
+            {"node-name": "#block142", "drv": "raw", **image},
+            {"node-name": "ph-cbw-scsi0", "drv": "copy-before-write", **image},
+        ],
+    }
+    sent: list[str] = []
+
+    async def execute(command: str, arguments: dict[str, Any] | None = None) -> Any:
+        sent.append(command)
+        if command == "blockdev-del":
+            raise QmpError(command, "GenericError", "Node 'ph-cbw-scsi0' is in use")
+        return replies.get(command, [])
+
+    @contextlib.asynccontextmanager
+    async def session(path: str) -> AsyncIterator[Any]:
+        yield SimpleNamespace(execute=execute)
+
+    monkeypatch.setattr("pveplug.cleanup.qmp_session", session)
+    with pytest.raises(QmpError, match="in use"):
+        await clean_up("100.qmp", "")
+    assert sent.count("blockdev-del") == 2
+    assert "qom-set" not in sent

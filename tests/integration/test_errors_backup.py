@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -205,6 +206,36 @@ async def test_a_restarted_vm_is_read_whole_and_says_why(world: ErrorWorld) -> N
     await vm.start()
     result = await world.run(name, "Incremental")
     warned(result, "VM 100 scsi0: read whole, not incrementally: ")
+
+
+async def test_a_damaged_file_of_digests_costs_a_whole_image(
+    world: ErrorWorld,
+) -> None:
+    name = await world.define("vmid=100")
+    full = await world.run(name, "Full")
+    assert full.ok
+    digests = world.site.root / "ph/lib/digests/100"
+    (file,) = digests.glob(f"*/scsi0.{full.name}")
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 1
+    file.write_bytes(content)
+    vm = world.site.vm(100)
+    await vm.stop()
+    await vm.start()
+    result = await world.run(name, "Incremental")
+    warned(result, "VM 100 scsi0: not compared, all of it is sent: ", "it is damaged")
+    assert "compared with the digests" not in result.text
+
+
+async def test_digests_that_cannot_be_kept_are_warned_of(world: ErrorWorld) -> None:
+    digests = world.site.root / "ph/lib/digests"
+    await asyncio.to_thread(shutil.rmtree, digests / "100", ignore_errors=True)
+    (digests / "100").write_text("in the way")
+    try:
+        result = await world.backup("vmid=100")
+    finally:
+        (digests / "100").unlink()
+    warned(result, "VM 100 scsi0: no digests are kept of this job: ")
 
 
 # --- room -----------------------------------------------------------------------------

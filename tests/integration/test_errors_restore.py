@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,63 @@ async def test_a_damaged_image_is_told_and_no_vm_is_made_of_it(
         "VM 203 disk scsi0 (write): ",
         sentence,
         "Remedy: the backup is damaged: try another JobId",
+    )
+
+
+async def test_an_image_that_builds_on_another_than_it_should_is_refused(
+    world: ErrorWorld, chain: Chain
+) -> None:
+    name = await world.define("vmid=100")
+    full = await world.run(name, "Full")
+    world.damage("parent")
+    bad = await world.run(name, "Incremental")
+    assert full.ok, full.text
+    assert bad.ok, bad.text
+    world.damage("")
+    failed(
+        await world.restored("restore_vmid=206", [full.job_id, bad.job_id]),
+        "VM 206 disk scsi0 (write): ",
+        f"job {bad.name}: the image of scsi0 names ../",
+        f"its manifest says ../{full.name}/scsi0.qcow2: it is the image of another job",
+    )
+
+
+async def test_a_damaged_small_file_is_told_with_its_name(
+    world: ErrorWorld, chain: Chain
+) -> None:
+    world.damage("config")
+    backup = await world.backup("vmid=100")
+    assert backup.ok, backup.text
+    world.damage("")
+    failed(
+        await world.restored("restore_vmid=207", [backup.job_id]),
+        f"job {backup.name}: vm.conf: it is not the text that the manifest has of it",
+        "try another JobId, or leave this file out of the selection",
+    )
+
+
+async def test_a_node_that_lost_the_parents_manifest_says_so(
+    world: ErrorWorld, chain: Chain
+) -> None:
+    name = await world.define("vmid=100")
+    full = await world.run(name, "Full")
+    assert full.ok, full.text
+    manifests = Path(world.site.node.root / "ph/lib/manifests")
+    shutil.rmtree(manifests)
+    manifests.write_text("in the way")
+    try:
+        result = await world.run(name, "Incremental")
+    finally:
+        manifests.unlink()
+    informed(
+        result,
+        f"VM 100: this node does not know the manifest of job {full.name}; this job's "
+        "does not vouch for it",
+    )
+    warned(
+        result,
+        f"VM 100: cannot write below {manifests.parent}/manifests: ",
+        "the next job's manifest will not vouch for this one. Remedy: make room there",
     )
 
 

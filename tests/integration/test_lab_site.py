@@ -374,11 +374,19 @@ async def test_one_client_at_a_time_on_the_monitor_and_measured(
     assert vm.modern is (machine == "pc")
     loop = asyncio.get_running_loop()
     path = str(site.node.run_dir / "100.qmp")
-    first, second = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-    for one in (first, second):
+
+    def connected() -> socket.socket:
+        one = socket.socket(socket.AF_UNIX)
         one.setblocking(False)
         one.connect(path)
-    assert b'"QMP"' in await loop.sock_recv(first, 4096)
+        return one
+
+    first = connected()
+    while not (greeting := await loop.sock_recv(first, 4096)):
+        first.close()  # QEMU was still at the client before
+        first = connected()
+    assert b'"QMP"' in greeting
+    second = connected()
     waiting = asyncio.create_task(loop.sock_recv(second, 4096))
     with pytest.raises(TimeoutError, match="got timeout"):
         await vm.machine.qmp("query-status", timeout_s=1.0)
@@ -532,6 +540,42 @@ async def test_two_sites_and_two_nodes_live_side_by_side(site: Site) -> None:
         node = load_node(other.node_toml("b"))
         assert Path(node.qmp_socket(100)).exists()
         assert node.pve_node == "b"
+
+
+async def test_a_migration_is_refused_as_pve_refuses_it_or_moves_the_vm() -> None:
+    async with Site(short_base(), nodes=("a", "b"), shared=("nas",)) as cluster:
+        vm = await cluster.create_vm(100, disks={"scsi0": "nas:0.0078125"})
+        await cluster.create_vm(101, disks={"scsi0": "8M"})
+        await vm.start()
+        await cluster.vm(101).start()
+        name = "root@pam!migrate"
+        secret = cluster.add_token(name, {"/": ["VM.Migrate"]})
+        api = Client(cluster, {"Authorization": f"PVEAPIToken={name}={secret}"})
+        call = "/nodes/a/qemu/{}/migrate?target={}&online={}"
+        for vmid, target, online, wanted, said in (
+            (100, "a", 1, 400, "Parameter verification failed."),
+            (100, "b", 0, 400, "Parameter verification failed."),
+            (100, "c", 1, 500, "no such cluster node 'c'"),
+        ):
+            status, text, _ = await api("POST", call.format(vmid, target, online))
+            assert (status, text) == (wanted, said)
+        vm.set(lock="backup")
+        status, text, _ = await api("POST", call.format(100, "b", 1))
+        assert (status, text) == (500, "VM is locked (backup)")
+        vm.set(lock=None)
+        _, _, body = await api("POST", call.format(101, "b", 1))
+        task = await cluster.tasks.wait(body["data"])
+        assert "can't migrate attached local disks" in str(task.exitstatus)
+        assert "lock" not in cluster.vm(101).conf.values
+        _, _, body = await api("POST", call.format(100, "b", 1))
+        task = await cluster.tasks.wait(body["data"])
+        assert task.exitstatus == "OK", task.lines
+        moved = cluster.vm(100)
+        assert moved.node.name == "b"
+        assert moved.running
+        assert not vm.machine.running
+        await moved.qemu_io("scsi0", "write -P 1 0 64k")
+        await moved.assert_clean()
 
 
 async def test_certificate_of_another_site_is_not_accepted(site: Site) -> None:

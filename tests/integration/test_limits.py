@@ -145,10 +145,15 @@ async def test_a_tebibyte_with_random_dirt_takes_at_most_100_mib() -> None:
         with BackendWatch(world.bacula.pid("fd")) as watch:
             incremental = check(world, await world.run("nightly", "Incremental"))
             check(world, await world.run("nightly", "Full"))
+            await vm.stop()
+            await vm.start()
+            compared = check(world, await world.run("nightly", "Incremental"))
         peaks = [seen.peak_bytes for seen in watch.seen]
         print("peak MiB", [p / MiB for p in peaks])
         assert incremental.bytes > 1500 * CLUSTER
-        assert len(peaks) == 2
+        assert "compared with the digests of" in compared.text
+        assert compared.bytes < MiB
+        assert len(peaks) == 3
         assert max(peaks) <= BACKEND_BYTES
 
 

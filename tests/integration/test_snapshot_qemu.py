@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 import socket
@@ -19,27 +18,12 @@ import pytest
 
 from pveplug.cbt import Level
 from pveplug.guestlatency import Counters, counters, slowest
-from pveplug.snapshot import Options, PointInTime, ScratchFile, SnapshotDisk
+from pveplug.snapshot import Options, PointInTime, SnapshotDisk
 from tests.support.bare_qemu import BareQemu, DiskImage, make_image
+from tests.support.points import TempScratch, dirty, full_read, unique
 
 pytestmark = pytest.mark.integration
 SIZE = 24 << 20
-
-
-class TempScratch:
-    def __init__(self, base: Path) -> None:
-        self.base = base
-
-    async def create(
-        self, key: str, size: int, *, backing: bool, data: int = 0
-    ) -> ScratchFile:
-        path = self.base / f"scratch-{key}.qcow2"
-        make_image(path, "qcow2", size)
-        return ScratchFile(str(path), "qcow2", "file")
-
-    async def remove(self) -> None:
-        for path in self.base.glob("scratch-*"):
-            path.unlink()
 
 
 @pytest.fixture
@@ -47,30 +31,6 @@ def base():
     path = Path(tempfile.mkdtemp(prefix="pit-", dir="/tmp"))
     yield path
     shutil.rmtree(path)
-
-
-def uri(disk: SnapshotDisk) -> str:
-    return f"nbd+unix:///{disk.export}?socket={disk.socket}"
-
-
-def full_read(disk: SnapshotDisk, path: Path) -> bytes:
-    subprocess.run(["nbdcopy", uri(disk), str(path)], check=True)
-    return path.read_bytes()
-
-
-def dirty(disk: SnapshotDisk) -> list[tuple[int, int]]:
-    found = subprocess.run(
-        ["nbdinfo", "--json", f"--map={disk.context}", uri(disk)],
-        check=True,
-        capture_output=True,
-    )
-    return [
-        (e["offset"], e["length"]) for e in json.loads(found.stdout) if e["type"] & 1
-    ]
-
-
-def unique(job: str) -> str:
-    return f"nightly.2026-11-22_20.42.31_{job}"
 
 
 def point(vm: BareQemu, mechanism: str) -> PointInTime:

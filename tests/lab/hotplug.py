@@ -119,13 +119,24 @@ async def _delete_node(machine: Machine, name: str) -> None:
     raise refused
 
 
-async def mirror(machine: Machine, drive: Drive, target: Drive, volume: Volume) -> None:
-    """Move a running VM's disk to another volume by ``blockdev-mirror``."""
+async def mirror(
+    machine: Machine,
+    drive: Drive,
+    target: Drive,
+    volume: Volume,
+    *,
+    below: str | None = None,
+) -> None:
+    """Move a running VM's disk to another volume by ``blockdev-mirror``.
+
+    Args:
+        below: the node below the throttle node, where it isn't the format node.
+    """
     node = adapt_node(blockdev(target, volume), machine.bench())["file"]
     replaced: dict[str, Any] = {}
     if machine.modern:
         # The copy takes the place of the format node, below the throttle node.
-        replaced["replaces"] = await format_node(machine, drive)
+        replaced["replaces"] = below or await format_node(machine, drive)
     job = f"mirror-{drive.key}"
     await machine.qmp("blockdev-add", **_underscored(node))
     try:

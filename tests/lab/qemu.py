@@ -111,8 +111,13 @@ class Machine:
 
     # -- start and end
 
-    async def start(self, conf: VmConf, *, paused: bool = False) -> None:
+    async def start(
+        self, conf: VmConf, *, paused: bool = False, incoming: str | None = None
+    ) -> None:
         """Start QEMU; volumes are activated first, and swtpm.
+
+        Args:
+            incoming: where the state of a migration will come from.
 
         Raises:
             ApiError: with PVE's text, and what QEMU said.
@@ -122,7 +127,7 @@ class Machine:
         drives = [d for d in conf.drives() if d.volume]
         await asyncio.to_thread(self._activate, drives)
         try:
-            await self._launch(conf, paused)
+            await self._launch(conf, paused or bool(incoming), incoming)
         except BaseException:
             await self._end()
             raise
@@ -132,7 +137,7 @@ class Machine:
             self.node.storage_of(drive.file).activate(drive.file)
             self._active.append(drive.file)
 
-    async def _launch(self, conf: VmConf, paused: bool) -> None:
+    async def _launch(self, conf: VmConf, paused: bool, incoming: str | None) -> None:
         for name in ("qmp", "qga"):
             (self.node.run_dir / f"{self.vmid}.{name}.real").unlink(missing_ok=True)
         for drive in conf.drives():
@@ -143,6 +148,8 @@ class Machine:
         argv = adapt(pve_argv(conf, context, paused=paused), self.bench())
         if extra := conf.values.get("args"):
             argv += extra.split()
+        if incoming:
+            argv += ["-incoming", incoming]
         log = (self.node.log_dir / f"{self.vmid}.qemu").open("ab")
         (self.node.log_dir / f"{self.vmid}.argv").write_text("\n".join(argv) + "\n")
         with log:

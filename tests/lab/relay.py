@@ -218,9 +218,7 @@ async def exchange(
     Raises:
         TimeoutError: nobody answered in time. QmpRefused: an error was answered.
     """
-    async with asyncio.timeout(timeout_s + 1):
-        client = await lab_connect(path, timeout_s)
-    reader, writer = await asyncio.open_unix_connection(sock=client, limit=1 << 26)
+    reader, writer = await _greeted(path, timeout_s, agent)
     results = []
     try:
         async with asyncio.timeout(timeout_s):
@@ -236,7 +234,6 @@ async def exchange(
                 ):
                     pass
             else:
-                await _line(reader)
                 commands = [{"execute": "qmp_capabilities"}, *commands]
             for command in commands:
                 # QEMU gives the answer to a command whose sender died to the next
@@ -256,6 +253,36 @@ async def exchange(
         with contextlib.suppress(OSError):
             await writer.wait_closed()
     return results if agent else results[1:]
+
+
+async def _greeted(
+    path: Path, timeout_s: float, agent: bool
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect and, at a monitor, read the greeting.
+
+    QEMU may close the next client's connection while it is still at the last one's;
+    before the greeting nothing was said that could be lost.
+    """
+    until = time.monotonic() + timeout_s
+    while True:
+        async with asyncio.timeout(timeout_s + 1):
+            client = await lab_connect(path, timeout_s)
+        reader, writer = await asyncio.open_unix_connection(sock=client, limit=1 << 26)
+        try:
+            if not agent:
+                async with asyncio.timeout(timeout_s):
+                    await _line(reader)
+        except BaseException as error:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            if isinstance(error, TimeoutError):
+                raise TimeoutError("got timeout") from None
+            if not isinstance(error, ConnectionError) or time.monotonic() > until:
+                raise
+            await asyncio.sleep(0.1)
+        else:
+            return reader, writer
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:

@@ -24,7 +24,13 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import api_cluster, api_guest, api_storage, api_vm  # noqa: F401  (they register calls)
+from . import (  # noqa: F401  (they register calls)
+    api_cluster,
+    api_guest,
+    api_migration,
+    api_storage,
+    api_vm,
+)
 from .auth import Auth, product_acl
 from .control import Control
 from .deviations import supports_direct_io
@@ -66,6 +72,10 @@ class LabNode:
                 "thick", root / "storage/thick", dev=root / "dev/thick", **common
             ),
         }
+        for shared in site.shared:
+            where = site.root / "storage" / shared
+            self.storages[shared] = DirStorage(shared, where, **common)
+            self.storages[shared].shared = True
 
     @property
     def conf_dir(self) -> Path:
@@ -119,6 +129,7 @@ class Site:
         base: Path | str,
         *,
         nodes: Iterable[str] = ("pve1",),
+        shared: Iterable[str] = (),
         release: str = "9.2",
         qemu: str | None = None,
         qemu_img: str | None = None,
@@ -132,11 +143,13 @@ class Site:
     ) -> None:
         """Prepare a site below ``base``, a short path (unix sockets end at 107 bytes).
 
-        ``auth_delay_s`` is 3 s on PVE; ``keep`` leaves ``base`` when it ends.
+        ``auth_delay_s`` is 3 s on PVE; ``keep`` leaves ``base`` when it ends;
+        ``shared``: names of directory storages that all nodes have.
         """
         self.root = Path(base).resolve()
         if len(str(self.root)) > 60:
             raise ValueError(f"lab root {self.root} is too long for unix sockets")
+        self.shared = tuple(shared)
         self.release = release
         self.qemu = qemu or shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
         self.qemu_img = qemu_img or shutil.which("qemu-img") or "qemu-img"

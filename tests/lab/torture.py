@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -23,8 +24,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pveplug.proto.pve_login import Endpoint, TicketAuth
@@ -333,10 +334,33 @@ class Torture:
             start = max(0, found.start() - 500)
             raise WrongJobError(f"the backend crashed:\n{new[start : start + 4000]}")
 
-    def summary(self) -> str:
+    def sums(self) -> Sums:
+        return Sums(
+            self.rounds, self.jobs, self.tracking.escalations, self.checker.lost
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What one run, or several, came to."""
+
+    rounds: int = 0
+    jobs: int = 0
+    escalations: int = 0
+    lost: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.rounds + other.rounds,
+            self.jobs + other.jobs,
+            self.escalations + other.escalations,
+            self.lost + other.lost,
+        )
+
+    def __str__(self) -> str:
         return (
             f"torture: {self.rounds} rounds, {self.jobs} jobs, "
-            f"{self.tracking.escalations} escalations, {self.checker.lost} lost blocks"
+            f"{self.escalations} escalations, {self.lost} lost blocks"
         )
 
 
@@ -346,9 +370,30 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--layout", choices=tuple(MACHINES), default="blockdev")
     parser.add_argument("--mechanism", choices=("cbw", "fleece"), default="cbw")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="begin runs until this time is up: seed after seed, each in both layouts "
+        "with both mechanisms",
+    )
     parser.add_argument("--backend", help="another backend program than the built one")
     parser.add_argument("--disks", type=int, choices=range(1, 7), default=2)
     return parser.parse_args(argv)
+
+
+def _runs(arguments: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """Yield the arguments of each run: one, or as many as begin in ``--minutes``."""
+    if arguments.minutes is None:
+        yield arguments
+        return
+    until = time.monotonic() + 60 * arguments.minutes
+    kinds = [(layout, how) for layout in MACHINES for how in ("cbw", "fleece")]
+    for seed in itertools.count(arguments.seed):
+        for layout, mechanism in kinds:
+            if time.monotonic() >= until:
+                return
+            changed = {"seed": seed, "layout": layout, "mechanism": mechanism}
+            yield argparse.Namespace(**{**vars(arguments), **changed})
 
 
 async def torture(arguments: argparse.Namespace) -> int:
@@ -357,6 +402,21 @@ async def torture(arguments: argparse.Namespace) -> int:
     assert task
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    sums, failure = Sums(), ""
+    for one in _runs(arguments):
+        run_sums, failure = await _one(one)
+        sums += run_sums
+        if failure:
+            print(f"torture: FAILED: {failure}", flush=True)
+            break
+        if arguments.minutes is not None:
+            print(f"  so far: {sums}", flush=True)
+    print(sums, flush=True)
+    return 1 if failure else 0
+
+
+async def _one(arguments: argparse.Namespace) -> tuple[Sums, str]:
+    """One run in a world of its own; return what it came to and why it failed."""
     print(
         f"torture: seed {arguments.seed}, {arguments.layout}, {arguments.mechanism}, "
         f"{arguments.disks} disks",
@@ -376,11 +436,7 @@ async def torture(arguments: argparse.Namespace) -> int:
                 raise
     except (Exception, asyncio.CancelledError) as error:
         failure = f"{type(error).__name__}: {error}"
-    if failure:
-        print(f"torture: FAILED: {failure}", flush=True)
-    if run:
-        print(run.summary(), flush=True)
-    return 1 if failure else 0
+    return run.sums() if run else Sums(), failure
 
 
 def _keep_logs(world: World) -> None:

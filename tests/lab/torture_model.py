@@ -2,8 +2,12 @@
 """What a job must answer, told from the events alone: whole or incremental, and why.
 
 A disk's *epoch* ends with whatever ends its bitmaps: QEMU's process, or the node they
-are on. A job is incremental for a disk exactly when the job it builds on took place in
-the same epoch. Anything else is a needless escalation, or worse.
+are on. A job is incremental by bitmaps for a disk exactly when the job it builds on
+took place in the same epoch. Anything else is a needless escalation, or worse.
+
+A disk that is read whole must then be compared with the digests of the job it builds
+on: nothing that happens to a VM here, a grown disk included, takes those away. Only a
+Full stands alone.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from pveplug.cbt import FOLD_ABOVE
 from tests.lab.bacula import BaculaLab, JobResult
 
 LINE = (
-    r"VM {vmid} {key}: (?:whole \((.*?)\)|changes since (\S+)); (cbw|fleece|qemu-nbd);"
+    r"VM {vmid} {key}: (?:whole \((.*?)\)(?:, compared with the digests of (\S+))?"
+    r"|changes since (\S+)); (cbw|fleece|qemu-nbd);"
 )
 
 
@@ -94,10 +99,12 @@ class Tracking:
             line = re.search(LINE.format(vmid=self.vmid, key=key), result.text)
             if line is None:
                 raise WrongJobError(f"no summary of {key}:\n{result.text}")
-            whole, since, mechanism = line.groups()
+            whole, compared, since, mechanism = line.groups()
             self._judge_disk(job, key, whole, since, mechanism, expected)
+            self._judge_tier(key, whole, compared, expected)
             reason = (whole or "").partition(" (")[0]
-            texts.append(f"{key} {f'whole: {reason}' if whole else 'changes'}")
+            how = "compared" if compared else "whole"
+            texts.append(f"{key} {f'{how}: {reason}' if whole else 'changes'}")
         return texts
 
     def _judge_disk(
@@ -127,6 +134,15 @@ class Tracking:
         elif since != expected.parent:
             raise WrongJobError(
                 f"{key}: changes since {since} instead of {expected.parent}"
+            )
+
+    def _judge_tier(
+        self, key: str, whole: str | None, compared: str | None, expected: Expected
+    ) -> None:
+        wanted = expected.parent if whole and expected.level != "F" else None
+        if compared != wanted:
+            raise WrongJobError(
+                f"{key}: compared with the digests of {compared} instead of {wanted}"
             )
 
 

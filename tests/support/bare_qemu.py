@@ -41,6 +41,8 @@ class BareQemu:
         self.base, self.layout, self.disks = base, layout, disks
         self.qmp_path = str(base / "100.qmp")
         self.guest_path = str(base / "guest.qmp")
+        self.more: list[str] = []
+        """More arguments for QEMU."""
 
     @property
     def volids(self) -> dict[str, str]:
@@ -98,6 +100,7 @@ class BareQemu:
                 *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
                 *("-qmp", f"unix:{self.guest_path},server=on,wait=off"),
                 *self.arguments(),
+                *self.more,
             ],
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
@@ -142,7 +145,14 @@ class BareQemu:
             names += [e["id"] for e in self.command(query)]  # type: ignore[attr-defined]
         return [n for n in names if n.startswith("ph-")]
 
+    def quit(self) -> None:
+        """Have it end by itself, as a VM that is shut down."""
+        self.command("quit")
+        self.process.wait(20)
+        self.stop()
+
     def stop(self) -> None:
+        """Kill it."""
         self._file.close()
         self._guest.close()
         self.process.kill()

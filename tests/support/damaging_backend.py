@@ -3,8 +3,9 @@
 
 A program of its own (:func:`install` writes it): with an empty orders file it becomes
 the backend itself; otherwise it passes PTCOMM on packet by packet, and does to the
-image of ``scsi0`` or to the restore objects what the orders file says: ``data``,
-``header``, ``truncated`` or ``object``. What Bacula stores is then damaged in a way
+image of ``scsi0``, to ``vm.conf`` or to the restore objects what the orders file says:
+``data``, ``header``, ``parent`` (the name of the image it builds on), ``truncated``,
+``config`` or ``object``. What Bacula stores is then damaged in a way
 that its own checksums can't notice.
 """
 
@@ -51,12 +52,14 @@ class Damage:
 
     def __init__(self, wish: str) -> None:
         self.wish = wish
-        self.image = self.object = self.cut = self.done = False
+        self.image = self.config = self.object = False
+        self.cut = self.done = False
 
     def packet(self, letter: bytes, payload: bytes) -> list[bytes]:
         if letter == b"C":
             if payload.startswith((b"FNAME:", b"RESTOREOBJ:", b"PLUGINCONFIG:")):
                 self.image = payload.rstrip().endswith(b"/scsi0.qcow2")
+                self.config = payload.rstrip().endswith(b"/vm.conf")
                 self.object = payload.startswith(b"RESTOREOBJ:")
                 self.cut = False
             elif self.cut and payload.startswith(b"OFFSET:"):
@@ -75,10 +78,15 @@ class Damage:
         hit = (
             (self.image and self.wish == "header")
             or (self.image and big and self.wish == "data")
+            or (self.image and self.wish == "parent" and b"../" in payload)
+            or (self.config and self.wish == "config")
             or (self.object and self.wish == "object")
         )
         if not hit or self.done:
             return payload
         self.done = True
         at = 0 if self.wish == "header" else len(payload) // 2
+        if self.wish == "parent":
+            at = payload.index(b"../") + 4
+            return payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :]
         return payload[:at] + bytes([payload[at] ^ 0xFF]) + payload[at + 1 :]

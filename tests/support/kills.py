@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.bacula import JobResult
+from tests.lab.errors import ApiError
 from tests.support.world import World
 
 CLEAN_WITHIN_S = 30.0
@@ -102,13 +103,14 @@ class Stage:
         )
 
     @contextlib.asynccontextmanager
-    async def writing(self) -> AsyncIterator[None]:
-        """A guest that writes within the block."""
+    async def writing(self, *, dies: bool = False) -> AsyncIterator[None]:
+        """A guest that writes within the block; ``dies``: the VM may end meanwhile."""
+        gone = (ApiError,) if dies else ()
         stop = asyncio.Event()
 
         async def write() -> None:
             while not stop.is_set():
-                with contextlib.suppress(TimeoutError, ConnectionError):
+                with contextlib.suppress(TimeoutError, ConnectionError, *gone):
                     await self.scribble()
                 await asyncio.sleep(0.02)
 

@@ -130,6 +130,14 @@ class World:
     ) -> JobResult:
         return await asyncio.to_thread(self.bacula.run_job, name, level, timeout_s)
 
+    def daemon_on(self, node: str) -> None:
+        """Let the File Daemon be that of another node, as after a migration.
+
+        The product runs on each node of a cluster; nothing it wrote down on one is
+        there on another.
+        """
+        self.node_file.write_text(self.site.node_toml(node).read_text())
+
     async def restore(self, *, timeout_s: float = 180, **arguments: Any) -> JobResult:
         return await asyncio.to_thread(
             lambda: self.bacula.restore(timeout=timeout_s, **arguments)
@@ -137,5 +145,5 @@ class World:
 
     @property
     def backend_log(self) -> str:
-        path = self.site.root / "log" / "backend.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+        logs = (node.log_dir / "backend.log" for node in self.site.nodes.values())
+        return "".join(p.read_text(errors="replace") for p in logs if p.exists())

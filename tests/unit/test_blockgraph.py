@@ -206,9 +206,9 @@ def test_exports_and_jobs_of_ours_and_of_others_are_told_apart() -> None:
         [],
         [],
         exports=[{"id": "ph-x-scsi0"}, {"id": "drive-x"}],
-        jobs=[{"id": "ph-fl"}],
+        jobs=[{"id": "ph-fl-scsi0"}],
     )
-    assert found.ours == ["ph-fl", "ph-x-scsi0"]
+    assert found.ours == ["ph-fl-scsi0", "ph-x-scsi0"]
     assert found.foreign_exports == ["drive-x"]
 
 
@@ -252,3 +252,56 @@ def test_recorded_graphs_are_understood(
     for disk, prefix in zip(found.values(), belows, strict=True):
         assert disk.below.startswith(prefix)
     assert [d.size for d in found.values()] == [64 << 20, 32 << 20]
+
+
+def image_of(disk_format: str, **more: Any) -> dict[str, Any]:
+    details = {"format-specific": {"type": disk_format, "data": more}}
+    return {"image": {"virtual-size": SIZE, **details}}
+
+
+@pytest.mark.parametrize(
+    ("below_node", "said"),
+    [
+        (node("f1", "qcow2", **image_of("qcow2", compat="1.1")), ""),
+        (node("f1", "raw"), "a raw image can't hold"),
+        (node("f1", "qcow2", **image_of("qcow2", compat="0.10")), "amend -o compat"),
+        (node("f1", "qcow2", **image_of("qcow2", **{"data-file": "x"})), "data file"),
+        (node("f1", "qcow2", **image_of("qcow2") | {"ro": True}), "read-only"),
+    ],
+)
+def test_a_disk_says_whether_its_image_can_hold_bitmaps(below_node, said):
+    for found in (blockdev(below_node), graph(below_node, device="drive-scsi0")):
+        disk = find_disks(found, {"scsi0": VOLID})["scsi0"]
+        assert disk.image == "f1"
+        if said:
+            assert said in disk.volatile_because
+        else:
+            assert disk.volatile_because == ""
+
+
+def test_persistent_segments_are_on_the_images_node_and_volatile_ones_on_top():
+    top = {"dirty-bitmaps": [bits("v")]}
+    inner = node("f1", "qcow2", **{"dirty-bitmaps": [bits("p") | {"persistent": True}]})
+    disk = find_disks(blockdev(inner, **top), {"scsi0": VOLID})["scsi0"]
+    volatile, persistent = disk.tracked(""), disk.tracked("h01234567")
+    assert [b.name for b in volatile.bitmaps] == ["v"]
+    assert [b.name for b in volatile.elsewhere] == ["p"]
+    assert persistent.bitmaps == volatile.elsewhere
+    assert persistent.elsewhere == volatile.bitmaps
+    assert persistent.bitmaps[0].persistent
+    one = graph(inner, device="drive-scsi0")
+    both = find_disks(one, {"scsi0": VOLID})["scsi0"].tracked("h01234567")
+    assert [b.name for b in both.bitmaps] == ["p"]
+    assert both.elsewhere == ()
+
+
+def test_a_moved_disks_image_is_below_its_zeroinit():
+    between = node("z1", "zeroinit", children=[{"child": "file", "node-name": "f1"}])
+    top = {"children": [{"child": "file", "node-name": "z1"}]}
+    found = blockdev(between, node("f1", "qcow2"), **top)
+    disk = find_disks(found, {"scsi0": VOLID})["scsi0"]
+    assert (disk.below, disk.image) == ("z1", "f1")
+
+
+def bits(name: str) -> dict[str, Any]:
+    return {"name": name, "recording": True, "granularity": 65536, "count": 0}

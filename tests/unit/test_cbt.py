@@ -371,8 +371,18 @@ def test_of_jobs_that_waited_and_began_together_none_is_taken(
 ) -> None:
     """The first was due at nine and ran at ten, as did the second, which died."""
     arguments = {"now": NOW, "stamps": ("2026-11-20_09.00.00", HOURLY[0]), "job": NEXT}
-    began = (TEN + 5, TEN + 70)
+    began = (TEN + 5, TEN + 25)
     assert virtual(since=TEN, began=began, **arguments) is None  # type: ignore[arg-type]
+
+
+def test_only_a_name_later_than_since_is_a_virtual_full(
+    zone: pytest.MonkeyPatch,
+) -> None:
+    """Else it is the parent's own, whose segment is gone; another job's won't do."""
+    level = Level("I", "nightly.2026-11-20_09.00.00_01", TEN)
+    died = Segment(2, cbt.chain_id(NEXT), "F", f"nightly.{HOURLY[0]}_02", SIZE, TEN + 9)
+    disks = {"scsi0": Tracked(SIZE, (Bitmap(died.name, recording=True),))}
+    assert cbt.plan(NEXT, level, disks, now=NOW)["scsi0"].parent_job is None
 
 
 def test_names_in_another_time_zone_fit_no_job(zone: pytest.MonkeyPatch) -> None:
@@ -402,3 +412,120 @@ def test_a_time_that_the_clock_showed_twice_fits_no_job(
 @pytest.mark.parametrize("stamp", ["2026-13-41_99.99.99", "9999-12-31_23.59.59", "x"])
 def test_a_name_without_a_time_fits_no_job(stamp: str) -> None:
     assert virtual(since=TEN, now=NOW, stamps=(stamp,), job=NEXT) is None
+
+
+HOME = cbt.home_id(100, "uuid", "generation", "scsi0")
+
+
+def at_home(tracked: Tracked, home: str, **newest: object) -> Tracked:
+    """Return the disk with persistent segments of a home, in that home."""
+    bitmaps = []
+    for bitmap in tracked.bitmaps:
+        found = cbt.parse_segment(bitmap.name)
+        assert found is not None
+        name = dataclasses.replace(found, home=home).name
+        bitmaps.append(dataclasses.replace(bitmap, name=name, persistent=True))
+    bitmaps[0] = dataclasses.replace(bitmaps[0], **newest)  # type: ignore[arg-type]
+    return Tracked(tracked.size, tuple(bitmaps), home)
+
+
+def test_a_persistent_segments_name_tells_its_home_and_is_parsed_back():
+    segment_ = dataclasses.replace(segment(7), began=1_700_000_000, home=HOME)
+    assert segment_.name.endswith(f"@1700000000@{HOME}")
+    assert cbt.parse_segment(segment_.name) == segment_
+    tricky = dataclasses.replace(segment_, job="a@1@2@h01234567", home="")
+    assert cbt.parse_segment(tricky.name) == tricky
+    assert len(tricky.name) < 1023
+
+
+def test_a_home_is_one_disk_of_one_generation_of_one_vm():
+    others = [
+        (101, "uuid", "generation", "scsi0"),
+        (100, "other", "generation", "scsi0"),
+        (100, "uuid", "new", "scsi0"),
+        (100, "uuid", "generation", "scsi1"),
+    ]
+    assert HOME not in {cbt.home_id(*other) for other in others}
+
+
+def test_persistent_segments_are_followed_in_their_home():
+    found = plan(at_home(disk("FII"), HOME), "I", 3)
+    assert found.whole is None
+    assert jobs(found.union) == [3]
+    assert found.new.home == HOME
+    assert found.drop == found.drop_elsewhere == ()
+
+
+@pytest.mark.parametrize(
+    ("tracked", "said"),
+    [
+        (
+            dataclasses.replace(at_home(disk("FII"), "h00000000"), home=HOME),
+            "is another disk's or VM's, or older than a rollback or restore",
+        ),
+        (
+            dataclasses.replace(disk("FII"), home=HOME),
+            "is volatile (cbt was changed since)",
+        ),
+        (
+            Tracked(SIZE, (), HOME, elsewhere=disk("FII").bitmaps),
+            "is volatile (cbt was changed since)",
+        ),
+        (
+            dataclasses.replace(at_home(disk("FII"), HOME), home=""),
+            "is persistent (cbt was changed since)",
+        ),
+        (
+            Tracked(SIZE, (), elsewhere=at_home(disk("FII"), HOME).bitmaps),
+            "is persistent (cbt was changed since)",
+        ),
+    ],
+)
+def test_a_stranger_counts_for_nothing_and_is_removed_with_the_reason_said(
+    tracked, said
+):
+    found = plan(tracked, "I", 3, number=4)
+    assert said in str(found.whole)
+    assert found.union == ()
+    gone = {*found.drop, *found.drop_elsewhere}
+    assert gone == {b.name for b in (*tracked.bitmaps, *tracked.elsewhere)}
+    assert found.disable == ()
+
+
+def test_what_a_killed_qemu_left_inconsistent_goes_whosever_chain_it_is():
+    other = cbt.chain_id(unique(1, "weekly"))
+    theirs = [
+        Bitmap(
+            dataclasses.replace(segment(n), chain=other, home=HOME).name,
+            recording=False,
+            inconsistent=n == 1,
+            persistent=True,
+        )
+        for n in (1, 2)
+    ]
+    foreign = Bitmap("pbs-incremental-dirty-bitmap", False, inconsistent=True)
+    mine = at_home(disk("FI"), HOME, inconsistent=True, recording=False)
+    tracked = dataclasses.replace(mine, bitmaps=(*mine.bitmaps, *theirs, foreign))
+    found = plan(tracked, "I", 2, number=3)
+    assert "is inconsistent (QEMU was killed)" in str(found.whole)
+    assert set(found.drop) == {*(b.name for b in mine.bitmaps), theirs[0].name}
+    # A segment that was opened since the last start never was in the image.
+    lost = plan(tracked, "I", 3, number=4)
+    assert "is lost (QEMU was killed)" in str(lost.whole)
+
+
+def test_a_segment_that_is_less_persistent_than_its_name_leaves_a_hole():
+    found = plan(at_home(disk("FI"), HOME, persistent=False), "I", 2, number=3)
+    assert "isn't as persistent as its name says" in str(found.whole)
+    assert jobs(found.drop) == [1, 2]
+
+
+def test_without_tracking_only_what_is_in_the_image_is_removed():
+    chain = cbt.chain_id(unique(1))
+    persistent = at_home(disk("FI"), HOME)
+    both = Tracked(SIZE, disk("FI").bitmaps, elsewhere=persistent.bitmaps)
+    here, elsewhere = cbt.leftovers(chain, both, tracking=False)
+    assert here == ()
+    assert set(elsewhere) == {b.name for b in persistent.bitmaps}
+    busy = tuple(dataclasses.replace(b, busy=True) for b in persistent.bitmaps)
+    assert cbt.leftovers(chain, Tracked(SIZE, busy), tracking=False) == ((), ())

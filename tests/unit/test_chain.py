@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
 import pytest
+from blake3 import blake3
 
 from pveplug.errors import IntegrityError
 from pveplug.extents import Extent, Kind
@@ -24,6 +26,7 @@ from pveplug.images.chain import (
     parse_backing,
 )
 from pveplug.images.clusters import ClusterMap
+from pveplug.images.manifest import sealed
 from pveplug.images.restore_object import MAPS_BYTES, OBJECT_BYTES
 from pveplug.units import GiB, MiB
 from tests.support.images import kinds_of, map_of
@@ -213,6 +216,49 @@ def test_a_map_of_another_disk_is_refused():
         wrong.map("scsi0")
 
 
+def linked(*records):
+    """Have each record name the manifest of the one before it."""
+    made, digest = [], None
+    for record in records:
+        manifest = dataclasses.replace(record.manifest, parent_manifest=digest)
+        made.append(JobRecord(manifest, record.maps))
+        digest = manifest.digest
+    return made
+
+
+def test_a_chain_whose_manifests_name_each_other_is_taken():
+    records = linked(
+        job("F", scsi0="dd"), job("I1", "F", scsi0="d."), job("I2", "I1", scsi0=".d")
+    )
+    assert Chain(records).jobs == ("F", "I1", "I2")
+    # Where it is not known nothing is compared.
+    records[1] = job("I1", "F", scsi0="d.")
+    records[2] = job("I2", "I1", scsi0=".d")
+    assert Chain(records).jobs == ("F", "I1", "I2")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_member_that_is_not_the_one_built_on_is_refused_by_name(which):
+    records = linked(
+        job("F", scsi0="dd"), job("I1", "F", scsi0="d."), job("I2", "I1", scsi0=".d")
+    )
+    old = records[which]
+    other = dataclasses.replace(old.manifest, started=4711)
+    records[which] = JobRecord(other, old.maps)
+    wrong, child = (("F", "I1"), ("I1", "I2"))[which]
+    with pytest.raises(
+        IntegrityError,
+        match=f"manifest of job {wrong} is not the one that job {child} was built on",
+    ):
+        Chain(records)
+
+
+def test_a_parent_that_no_disk_needs_is_not_compared():
+    records = linked(job("F", scsi0="dd"), job("I1", "F", scsi0="!d."))
+    other = dataclasses.replace(records[0].manifest, started=4711)
+    assert Chain([JobRecord(other, None), records[1]]).jobs == ("I1",)
+
+
 # --- manifests -------------------------------------------------------------------
 
 
@@ -232,6 +278,12 @@ def rich():
     )  # fmt: skip
 
 
+def fields(manifest):
+    values = json.loads(manifest.to_json())
+    values.pop("self", None)
+    return values
+
+
 def test_a_manifest_comes_back_from_json():
     assert Manifest.from_json(rich().to_json()) == rich()
 
@@ -239,7 +291,7 @@ def test_a_manifest_comes_back_from_json():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "restore with a newer one"),
+        ({"version": 3}, "restore with a newer one"),
         ({"version": None}, "without a version"),
         ({"vmid": "100"}, "vmid must be int"),
         ({"vmid": True}, "vmid must be int"),
@@ -260,9 +312,9 @@ def test_a_manifest_comes_back_from_json():
     ],
 )
 def test_a_manifest_that_is_not_right_is_refused(change, reason):
-    values = json.loads(rich().to_json()) | change
+    values = fields(rich()) | change
     with pytest.raises(IntegrityError, match=reason):
-        Manifest.from_json(json.dumps(values))
+        Manifest.from_json(sealed(values))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "1" * 5000, "[" * 100_000])
@@ -274,10 +326,39 @@ def test_what_is_no_manifest_is_refused(text):
 
 
 def test_a_missing_field_is_named():
-    values = json.loads(rich().to_json())
+    values = fields(rich())
     del values["config"]
     with pytest.raises(IntegrityError, match="config is missing"):
-        Manifest.from_json(json.dumps(values))
+        Manifest.from_json(sealed(values))
+
+
+def test_a_bit_that_turned_anywhere_in_a_manifest_is_found():
+    text = rich().to_json()
+    for at in range(len(text)):
+        bad = bytearray(text)
+        bad[at] ^= 1 << at % 8
+        with pytest.raises(IntegrityError, match="manifest: "):
+            Manifest.from_json(bytes(bad))
+
+
+def test_a_manifest_of_version_1_is_read_and_keeps_its_digest():
+    text = json.dumps(fields(rich()) | {"version": 1}, indent=1).encode() + b"\n"
+    old = Manifest.from_json(text)
+    assert old == dataclasses.replace(rich(), version=1)
+    assert old.to_json() == text
+    assert old.digest == blake3(text).hexdigest(16)
+    with pytest.raises(IntegrityError, match="unknown field 'self'"):
+        Manifest.from_json(sealed(fields(old)))
+
+
+def test_what_a_manifest_is_built_on_is_what_its_images_name():
+    assert rich().built_on == "x:y.1"
+    alone = dataclasses.replace(rich(), disks=(), parent_job="virtual")
+    assert alone.built_on == "virtual"
+    torn = tuple(
+        DiskEntry(key, 512, backing=f"../{key}/{key}.qcow2") for key in ("a", "b")
+    )
+    assert dataclasses.replace(rich(), disks=torn).built_on is None
 
 
 @pytest.mark.parametrize("name", ["x", "../x", "../../a/b", "/a/b", "../../b", "../a/"])
@@ -319,12 +400,7 @@ def big(size=700 * GiB):
     clusters.data[:] = noise.randbytes(len(clusters.data))
     disk = DiskEntry("scsi0", size)
     other = DiskEntry("scsi1", 64 * MiB)
-    manifest = Manifest.from_json(
-        json.dumps(
-            json.loads(manifest.to_json())
-            | {"disks": [{"key": d.key, "size": d.size} for d in (disk, other)]}
-        )
-    )
+    manifest = dataclasses.replace(manifest, disks=(disk, other))
     return manifest, {"scsi0": clusters, "scsi1": ClusterMap.all_data(other.size)}
 
 

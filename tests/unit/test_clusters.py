@@ -121,13 +121,13 @@ def test_packing_refuses_a_map_that_claims_another_size():
 def test_a_sparse_map_of_a_huge_disk_is_quick_and_small():
     tracemalloc.start()
     made = scattered(TiB, 512)
-    began = time.perf_counter()
+    began = time.process_time()
     runs = sum(1 for _ in made.runs())
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert 1000 < runs <= 1025
-    assert took < 0.5  # 14 ms by itself; tracing and a busy machine allowed for
+    assert took < 1  # of the processor; 14 ms untraced, minutes cluster by cluster
     assert peak < 5 * MiB
     assert len(made.to_bytes()) < 8 * KiB
 

@@ -44,13 +44,13 @@ def test_a_digest_covers_the_data_and_the_kinds():
 def test_a_scattered_increment_has_a_small_sidecar():
     clusters = scattered(TiB, 512)
     sidecar, _ = DigestWriter(clusters, overlay=True).finish()
-    assert len(sidecar) <= 16 + 512 * 24
+    assert len(sidecar) <= 16 + 512 * 24 + 16
 
 
 def test_a_full_disk_costs_16_bytes_per_mib():
     clusters = ClusterMap.all_data(GiB)
     sidecar, _ = DigestWriter(clusters, overlay=False).finish()
-    assert len(sidecar) == 16 + 8 + 1024 * 16
+    assert len(sidecar) == 16 + 8 + 1024 * 16 + 16
 
 
 def test_bytes_outside_data_clusters_or_out_of_order_are_refused():
@@ -101,6 +101,43 @@ def test_data_that_was_left_out_counts_as_zeroes():
     told = [*events(), GuestZero(0, C, Kind.DATA)]
     verifier = DigestVerifier(sidecar_of((0, bytes(C))))
     assert _run(verifier, told)[0] == sidecar_of((0, bytes(C)))
+
+
+def zeroes(*runs):
+    return [*events(), *(GuestZero(at, n, Kind.ZERO) for at, n in runs)]
+
+
+def test_a_zero_cluster_that_is_lost_or_moved_is_found_far_from_any_data():
+    verifier = DigestVerifier()
+    verifier.receive(zeroes((C, 2 * C), (5 * MiB, C)))
+    good, root = verifier.finish()
+    clusters = ClusterMap(8 * MiB)
+    for at, length in ((C, 2 * C), (5 * MiB, C)):
+        clusters.mark(Extent(at, length, Kind.ZERO))
+    assert DigestWriter(clusters, overlay=True).finish() == (good, root)
+    # Cut as an image is read, in several events: the same.
+    assert _run(DigestVerifier(good), zeroes((C, C), (2 * C, C), (5 * MiB, C)))
+    for wrong in (
+        zeroes((C, 2 * C)),
+        zeroes((C, 2 * C), (6 * MiB, C)),
+        zeroes((C, C), (3 * C, C), (5 * MiB, C)),
+    ):
+        with pytest.raises(IntegrityError, match="zero clusters are not those"):
+            _run(DigestVerifier(good), wrong)
+        with pytest.raises(IntegrityError, match="zero clusters are not those"):
+            compare(good, _run(DigestVerifier(), wrong)[0])
+
+
+def test_digests_of_version_1_are_still_compared():
+    told = events((0, b"a" * C), (5 * MiB, b"b" * C))
+    old = DigestVerifier(version=1)
+    old.receive(told)
+    sidecar, root = old.finish()
+    assert sidecar[4] == 1
+    assert root == root_of(sidecar)
+    assert _run(DigestVerifier(sidecar), told) == (sidecar, root)
+    with pytest.raises(IntegrityError, match="MiB 5"):
+        _run(DigestVerifier(sidecar), events((0, b"a" * C), (5 * MiB, b"B" * C)))
 
 
 def test_a_damaged_sidecar_is_refused():

@@ -137,7 +137,6 @@ def test_a_value_of_each_type_is_understood(key, text, value):
         ("pve_user", "root", "user with realm"),
         ("restore_vmid", "100:500,101:500", "one VM id to two VMs"),
         ("scratch_dir", "scratch", "absolute path"),
-        ("cbt", "persistent", "not in this version"),
         ("mode", "seed", "mode=seed comes with disaster recovery, "
          "which this version does not have"),
         ("mode", "incremental", "Level = Incremental"),

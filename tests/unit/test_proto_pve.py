@@ -582,6 +582,7 @@ json_values = st.recursive(
         values.parse_nodes,
         values.parse_permissions,
         values.parse_resources,
+        values.parse_snapshots,
         values.parse_status,
         values.parse_storages,
         values.parse_task,
@@ -601,3 +602,10 @@ def test_any_json_is_a_value_or_a_documented_error(parse, data):
 @given(st.text())
 def test_any_words_have_a_reason(said):
     assert isinstance(classify(said)[0], Reason)
+
+
+def test_a_vms_snapshots_are_listed_without_its_current_state():
+    rows = [{"name": "before", "snaptime": 1}, {"name": "current", "digest": "x"}]
+    assert values.parse_snapshots(rows) == ["before"]
+    with pytest.raises(RemoteProtocolError):
+        values.parse_snapshots({"name": "before"})

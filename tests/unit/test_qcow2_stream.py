@@ -223,14 +223,14 @@ def test_a_scattered_increment_of_a_huge_disk_is_read_quickly_in_little_memory()
     writer = Qcow2StreamWriter(scattered(TiB, 512), backing=BACKING)
     pieces = list(pieces_of(writer, bytes_of))
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     reader = Qcow2StreamReader()
     total = 0
     for at, data in pieces:
         for event in reader.receive_data(at, data):
             total += getattr(event, "length", 0)
     reader.receive_eof(writer.file_size)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert total == 512 * CLUSTER
