@@ -20,8 +20,9 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pveplug import __version__
 from pveplug.access import check_version, choose_vms
@@ -37,6 +38,7 @@ from pveplug.diskstream import (
     scan,
 )
 from pveplug.errors import JobError, NbdError, PveplugError, TransportError
+from pveplug.guestlatency import keep_pace
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
 from pveplug.images.manifest import (
@@ -55,11 +57,12 @@ from pveplug.images.manifest import (
 from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
 from pveplug.node import Node
+from pveplug.pacing import Pace
 from pveplug.parameters import restore_template
 from pveplug.progress import comparing, reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
-from pveplug.scratch import watch
+from pveplug.scratch import watch_answers, watch_space
 from pveplug.selection import VmSummary
 from pveplug.source import Opened, ReadableDisk, open_vm
 from pveplug.tasks import first_failure
@@ -177,6 +180,7 @@ class Backup:
         return (await self._api.vm_config(self._here, vm.vmid)).lock
 
     async def _send_vm(self, opened: Opened, level: Level) -> None:
+        self._limit.pace = Pace(self._config.capture.latency_budget_ms / 1000)
         vmid, every_s = opened.vm.vmid, self._config.capture.progress_interval
         tier = Tier(
             self._node.state_dir, vmid, self._session.job.name, level, self._session
@@ -187,9 +191,8 @@ class Backup:
                 await tier.open(opened.uuid)
             async with first_failure() as tasks:
                 side = []
-                if opened.watched:
-                    # From the first moment: the guest's writes depend on it.
-                    watching = watch(vmid, opened.watched)
+                # From the first moment: the guest's writes depend on it.
+                for watching in self._watches(opened):
                     side.append(tasks.create_task(watching, name="scratch"))
                 told = comparing(self._session, f"VM {vmid}", tier.progress, every_s)
                 side.append(tasks.create_task(told, name="comparing"))
@@ -202,15 +205,39 @@ class Backup:
                     every_s,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
+                if self._limit.pace.budget_s and "qemu" in opened.versions:
+                    pacing = self._keep_pace(opened, disks)
+                    side.append(tasks.create_task(pacing, name="pace"))
                 layout = await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
+            if self._limit.pace.samples:
+                self._session.info(f"VM {vmid}: {self._limit.pace.summary()}")
             await self._send_papers(opened, disks, layout)
             await tier.keep([disk.source.key for disk in disks])
         self._session.info(
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
+        )
+
+    def _watches(self, opened: Opened) -> Iterator[Coroutine[Any, Any, None]]:
+        vmid = opened.vm.vmid
+        if opened.counted:
+            yield watch_space(vmid, opened.counted)
+        if opened.fleeced:
+            bound_s = self._config.capture.cbw_timeout
+            yield watch_answers(vmid, opened.fleeced, bound_s)
+
+    def _keep_pace(
+        self, opened: Opened, disks: list[_Disk]
+    ) -> Coroutine[Any, Any, None]:
+        return keep_pace(
+            self._node.qmp_socket(opened.vm.vmid),
+            self._limit.pace,
+            lambda: sum(disk.stream.progress.read for disk in disks),
+            f"VM {opened.vm.vmid}",
+            self._session,
         )
 
     async def _scan_all(
@@ -282,8 +309,10 @@ class Backup:
 
     async def _send_disks(self, opened: Opened, disks: list[_Disk]) -> None:
         """Send the images one after the other; the next ones read ahead meanwhile."""
-        ahead = self._config.capture.max_parallel_disks
         for number, disk in enumerate(disks):
+            ahead = self._config.capture.max_parallel_disks
+            if not self._limit.pace.ahead:
+                ahead = 1
             for other in disks[number : number + ahead]:
                 other.stream.prefetch()
             disk.began = time.monotonic()

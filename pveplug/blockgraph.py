@@ -71,6 +71,8 @@ class DiskNode:
     bitmaps: tuple[Bitmap, ...]
     inserted: Json
     """The drive's entry in ``query-block``."""
+    data_at_most: int
+    """Bytes of it that can hold data now: what a backup may have to copy aside."""
     image: str = ""
     """The node of the image's format."""
     image_bitmaps: tuple[Bitmap, ...] = ()
@@ -221,6 +223,7 @@ def find_disks(graph: Graph, volids: Mapping[str, str]) -> dict[str, DiskNode]:
             continue
         blockdev = inserted["drv"] == "throttle"
         top = inserted["node-name"]
+        size = int(inserted["image"]["virtual-size"])
         if top.startswith(PREFIX) or inserted["drv"] == "copy-before-write":
             raise IntegrityError(
                 f"a copy-before-write filter ({top}) is on {key}; another backup is "
@@ -234,14 +237,33 @@ def find_disks(graph: Graph, volids: Mapping[str, str]) -> dict[str, DiskNode]:
             blockdev=blockdev,
             top=top,
             below=below,
-            size=int(inserted["image"]["virtual-size"]),
+            size=size,
             bitmaps=_bitmaps(graph.nodes.get(top, inserted)),
             inserted=inserted,
+            data_at_most=int(min(_allocated(graph, below), size)),
             image=image,
             image_bitmaps=_bitmaps(node),
             volatile_because=_volatile_because(node),
         )
     return disks
+
+
+def _allocated(graph: Graph, name: str) -> float:
+    """Return the bytes of an image's file that are not holes; infinity: not known.
+
+    Only a plain file tells: a block device is allocated whole, and what lies in a
+    backing file doesn't count here.
+    """
+    node = graph.nodes.get(name, {})
+    image = node.get("image", {})
+    plain = any(
+        other["drv"] == "file" and other.get("file") == node.get("file")
+        for other in graph.nodes.values()
+    )
+    allocated = image.get("actual-size")
+    if not plain or allocated is None or image.get("backing-filename"):
+        return float("inf")
+    return float(allocated)
 
 
 def _below_zeroinit(graph: Graph, below: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,9 +100,16 @@ async def _clean_up(qmp_path: str, nbd_socket: str) -> list[str]:
         await _resume(qmp, graph)
         for name in graph.our_exports:
             await _quietly(qmp, "block-export-del", {"id": name, "mode": "hard"})
-        for name in graph.our_jobs:
-            await _quietly(qmp, "job-cancel", {"id": name})
-    graph = await _drained(qmp_path, graph)
+    # Ending a fleecing job waits, with the whole VM, for requests of a reader that
+    # takes no answers: so not before the exports are gone.
+    graph = await _drained(qmp_path, graph, lambda now: now.our_exports)
+    if graph.our_jobs:
+        async with qmp_session(qmp_path) as qmp:
+            for name in graph.our_jobs:
+                await _quietly(qmp, "job-cancel", {"id": name})
+    graph = await _drained(
+        qmp_path, graph, lambda now: [*now.our_exports, *now.our_jobs]
+    )
     async with qmp_session(qmp_path) as qmp:
         # Somebody else's export on our server would go with it.
         if listens(nbd_socket) and not graph.foreign_exports:
@@ -124,18 +132,20 @@ async def _resume(qmp: Qmp, graph: Graph) -> None:
     await qmp.execute("blockdev-del", {"node-name": MARKER})
 
 
-async def _drained(qmp_path: str, graph: Graph) -> Graph:
-    """Come back until our exports and jobs are gone; return the graph then."""
+async def _drained(
+    qmp_path: str, graph: Graph, names: Callable[[Graph], list[str]]
+) -> Graph:
+    """Come back until none of these is ours any more; return the graph then."""
     try:
         async with asyncio.timeout(DRAIN_TIMEOUT_S):
             pause = 0.02
-            while graph.our_exports or graph.our_jobs:
+            while names(graph):
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.5)
                 async with qmp_session(qmp_path) as qmp:
                     graph = await query_graph(qmp)
     except TimeoutError as error:
-        left = [*graph.our_exports, *graph.our_jobs]
+        left = names(graph)
         raise IntegrityError(
             f"QEMU did not end {', '.join(left)} in {DRAIN_TIMEOUT_S:.0f} s"
         ) from error

@@ -120,6 +120,8 @@ class Capture:
     fleecing_storage: str | None = None
     scratch_dir: str = ""
     cbw_timeout: int = 10
+    latency_budget_ms: int = 0
+    """Mean time of the guest's requests above which reading backs off; 0: never."""
     cbt: Literal["on", "persistent", "off"] = "on"
     compare: bool = True
     lock_wait: int = 60

@@ -27,6 +27,7 @@ from pveplug.images.clusters import ClusterMap
 from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
 from pveplug.nbd.client import NbdClient
 from pveplug.nbd.source import OrderedReader, Slot, extents, is_zero
+from pveplug.pacing import Pace
 from pveplug.units import CLUSTER, KiB, MiB, round_down
 
 TRIM_STEP: Final = 4 * MiB
@@ -71,20 +72,27 @@ class Progress:
 
 
 class RateLimit:
-    """A bandwidth limit over one or more readers; ``rate`` in bytes/s, 0 is none."""
+    """A bandwidth limit over one or more readers; ``rate`` in bytes/s, 0 is none.
+
+    ``pace`` may lower it meanwhile.
+    """
 
     def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
+        self.pace = Pace()
         self._clock = clock
         self._free_at = clock()
 
     async def spend(self, size: int) -> None:
         """Wait until ``size`` more bytes fit the rate."""
-        if not self._rate:
+        rate = self._rate
+        if self.pace.rate:
+            rate = min(rate or self.pace.rate, self.pace.rate)
+        if not rate:
             return
         now = self._clock()
         # At most a second of unused rate is carried over.
-        self._free_at = max(self._free_at, now - 1.0) + size / self._rate
+        self._free_at = max(self._free_at, now - 1.0) + size / rate
         if self._free_at > now:
             await asyncio.sleep(self._free_at - now)
 
@@ -149,7 +157,9 @@ class DiskStream:
         self._limit = limit
         self._digest = digest
         self._leaves = leaves
-        self._reader = OrderedReader(client, request_bytes=512 * KiB)
+        self._reader = OrderedReader(
+            client, request_bytes=512 * KiB, allowed=lambda: limit.pace.in_flight
+        )
         self._slots: AsyncIterator[Slot] | None = None
         self._first: asyncio.Task[Slot | None] | None = None
         self._trimmed = Extent(0, 1, Kind.CLEAN)

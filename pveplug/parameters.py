@@ -348,9 +348,24 @@ def _capture_rows() -> Iterator[Parameter]:
         v.duration(1, 60),
         10,
         group,
-        "how long a guest's write may wait for the scratch store (cbw)",
-        "Then the backup fails and the guest goes on. Keep it below the guest's disk "
-        "timeout, which is often 30 s.",
+        "how long a guest's write may wait for the scratch store",
+        "Then the backup fails and the guest goes on (fleece: when the store itself "
+        "has not answered for so long). Keep it below the guest's disk timeout, which "
+        "is often 30 s.",
+    )
+    yield Parameter(
+        "latency_budget_ms",
+        v.integer(0, 10000),
+        0,
+        group,
+        "how long the guest's disk requests may take, on average of a second",
+        "Above it the backup reads more gently, with fewer requests in flight and then "
+        "at a lower rate (never below 4 MiB/s), and says so; when it is calm for a "
+        "while it speeds up again. Off by default, because what is too slow depends on "
+        "the storage: a flush takes 0.1 ms on NVMe, 20 ms on an idle hard disk, where "
+        "a common default would slow every backup and help nobody. Take some three "
+        "times what the guest sees without a backup.",
+        default_text="0, off",
     )
     yield Parameter(
         "cbt",

@@ -39,12 +39,14 @@ from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.qga import GuestAgent
 from pveplug.qmp import VmGoneError
-from pveplug.scratch import scratch_images, scratch_owner
+from pveplug.scratch import directories, scratch_images, scratch_owner
+from pveplug.storeprobe import StoreProbe
 from pveplug.vmconfig import drives, smbios_uuid
 
 log = logging.getLogger(__name__)
 NO_JOURNAL: Final = "(no journal)"
 AGENT_S: Final = 5.0
+STORE_S: Final = 5.0
 OWNER_GONE_S: Final = 25.0
 SETTLE_S: Final = 5.0
 """How long PVE may take to begin what it was asked for."""
@@ -139,7 +141,8 @@ async def undo(
         await _thaw_step(node, vmid, found, dry=dry)
     freed = True
     if running and entry.touched:
-        freed = await _qemu_step(node, vmid, nbd_socket, found, dry=dry)
+        stores = directories({path for path in entry.files if _named(vmid, path)})
+        freed = await _qemu_step(node, vmid, nbd_socket, stores, found, dry=dry)
     elif nbd_socket and not dry and not listens(nbd_socket):
         _unlink(nbd_socket)  # QEMU was killed and could not
     for path in entry.files if freed else ():
@@ -189,11 +192,28 @@ async def _thaw_step(node: Node, vmid: int, found: Undone, *, dry: bool) -> None
 
 
 async def _qemu_step(
-    node: Node, vmid: int, nbd_socket: str, found: Undone, *, dry: bool
+    node: Node,
+    vmid: int,
+    nbd_socket: str,
+    stores: set[str],
+    found: Undone,
+    *,
+    dry: bool,
 ) -> bool:
-    """Return whether nothing of ours is in QEMU any more, as far as we go."""
+    """Return whether nothing of ours is in QEMU any more, as far as we go.
+
+    Args:
+        stores: where our scratch images are.
+    """
     act = find_ours if dry else clean_up
     try:
+        if stores and not dry:
+            # QEMU closes a scratch image with the whole VM waiting.
+            async with StoreProbe(stores) as probe:
+                if not await probe.all_answer(STORE_S):
+                    raise TransportError(
+                        f"the scratch store {', '.join(sorted(stores))} does not answer"
+                    )
         names = await act(node.qmp_socket(vmid), nbd_socket)
     except VmGoneError as error:
         log.info("vm=%s went away: %s", vmid, error)
@@ -232,10 +252,15 @@ def _our_socket(entry: Entry) -> str:
     return entry.nbd_socket if named and "\0" not in entry.nbd_socket else ""
 
 
+def _named(vmid: int, path: str) -> bool:
+    """Whether a path can be one of the VM's scratch images."""
+    named = scratch_owner(os.path.basename(path)) == vmid
+    return named and os.path.isabs(path) and "\0" not in path
+
+
 async def _is_scratch(vmid: int, path: str, found: Undone) -> bool:
     """Whether a scratch image of the VM is there, and nothing else of that name."""
-    named = scratch_owner(os.path.basename(path)) == vmid
-    if named and os.path.isabs(path) and "\0" not in path:
+    if _named(vmid, path):
         try:
             if stat.S_ISREG(os.lstat(path).st_mode):
                 return True

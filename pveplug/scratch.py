@@ -2,14 +2,18 @@
 """Scratch images: where the old content of overwritten blocks waits to be read.
 
 They go into a local directory, or onto a PVE storage (``fleecing_storage``). With the
-*fleece* mechanism a full scratch store fails the guest's write, so its free space is
-watched and the backup is ended in time; with *cbw* QEMU itself ends the backup.
+*fleece* mechanism a full scratch store fails the guest's write, so the room for the
+worst case is reserved before the point in time, or the job refused. Where the store
+can't reserve, its free space must suffice, and is watched; the backup is ended in time.
+With *cbw* QEMU itself ends the backup.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import errno
 import logging
 import os
 import re
@@ -21,12 +25,14 @@ from pveplug.errors import CommandError, JobError, PveplugError
 from pveplug.journal import Journal
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.snapshot import ScratchFile
+from pveplug.storeprobe import StoreProbe
 from pveplug.units import GiB, MiB, human
 
 logger = logging.getLogger(__name__)
 RESERVE: Final = 256 * MiB
 """Least free space below which a fleecing backup is ended: 2 s of a fast disk."""
 WATCH_S: Final = 0.5
+FALLOC_FL_KEEP_SIZE: Final = 1
 CREATE_TIMEOUT_S: Final = 60.0
 MOST_NAMES: Final = 64
 _NAME: Final = re.compile(r"ph-([1-9][0-9]{0,8})-[a-z]+[0-9]+\.qcow2")
@@ -109,14 +115,21 @@ class LocalScratch:
         self._qemu_img = qemu_img
         self._journal = log
         self._made: list[str] = []
-        self.watched: set[str] = {directory}
-        """Directories whose free space a fleecing backup depends on."""
+        self._promised = 0
+        self._vmid = vmid
+        self.paths: set[str] = set()
+        """Image files made."""
+        self.counted: set[str] = set()
+        """Directories of theirs that can't reserve, so that their space matters."""
 
-    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+    async def create(
+        self, key: str, size: int, *, backing: bool, data: int = 0
+    ) -> ScratchFile:
         """Make an image; a left-over of the same name is replaced.
 
         Raises:
-            CommandError, JobError: it can't be made, the directory says why.
+            CommandError, JobError: it can't be made, or has no room for ``data`` bytes;
+                the directory says why.
         """
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
@@ -130,9 +143,46 @@ class LocalScratch:
         path = f"{self._prefix}-{key}.qcow2"
         self._journal.add("files", path)
         self._made.append(path)
+        self.paths.add(path)
         await _qemu_img_create(self._qemu_img, path, size)
         os.chmod(path, 0o600)
+        if data:
+            await self.reserve(key, path, size, data)
         return ScratchFile(path, "qcow2", "file")
+
+    async def reserve(self, key: str, path: str, size: int, data: int) -> None:
+        """Take the room that an image needs to hold ``data`` bytes of its ``size``.
+
+        Raises:
+            JobError: there is not so much.
+        """
+        need = data + size // 4096 + MiB  # tables: 10 bytes for 64 KiB, and rounding
+        directory = os.path.dirname(path)
+        try:
+            if await asyncio.to_thread(_reserve, path, need):
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            enough = False
+        else:
+            # Others may take it meanwhile, so it is watched, and more must be there.
+            self.counted.add(directory)
+            self._promised += need
+            enough = await asyncio.to_thread(_free, directory) >= (
+                self._promised + RESERVE
+            )
+        if not enough:
+            free = await asyncio.to_thread(_free, directory)
+            raise JobError(
+                f"scratch needs {human(need)} in {directory}, where {human(free)} are "
+                "free: were it to run full, this version of QEMU would fail the "
+                "guest's writes. The guest was not touched.",
+                vm=str(self._vmid),
+                disk=key,
+                phase="scratch",
+                remedy="set scratch_dir or fleecing_storage to a larger place.",
+            )
 
     async def remove(self) -> None:
         """Remove every image made, and what an earlier job has left beside it."""
@@ -168,9 +218,12 @@ class StorageScratch:
         self._journal = log
         self._made: list[str] = []
         self._count = 0
-        self.watched = local.watched
+        self.paths = local.paths
+        self.counted = local.counted
 
-    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+    async def create(
+        self, key: str, size: int, *, backing: bool, data: int = 0
+    ) -> ScratchFile:
         """Allocate an image.
 
         Raises:
@@ -184,13 +237,15 @@ class StorageScratch:
                     phase="scratch",
                     remedy="name a directory or NFS storage, or leave it out.",
                 )
-            return await self._local.create(key, size, backing=True)
+            return await self._local.create(key, size, backing=True, data=data)
         fmt = "qcow2" if self._qcow2 else "raw"
         path = await self._store.path(await self._allocate(size, fmt))
         if fmt == "raw":
             driver = "host_device" if path.startswith("/dev/") else "file"
             return ScratchFile(path, "raw", driver)  # type: ignore[arg-type]
-        self.watched.add(os.path.dirname(path))
+        self.paths.add(path)
+        if data:
+            await self._local.reserve(key, path, size, data)
         return ScratchFile(path, "qcow2", "file")
 
     async def _allocate(self, size: int, fmt: str) -> str:
@@ -255,16 +310,50 @@ class StorageScratch:
             ) from cause
 
 
-async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> None:
+def _reserve(path: str, need: int) -> bool:
+    """Give a file ``need`` bytes of its own without making it longer.
+
+    qcow2 grows by writing behind its end, so it grows into them. Returns False where
+    the file system knows no such thing (ext3, NFS, ZFS).
+
+    Raises:
+        OSError: it does, and there is no room.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        arguments = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        libc.fallocate64.argtypes = arguments
+        while libc.fallocate64(fd, FALLOC_FL_KEEP_SIZE, 0, need):
+            code = ctypes.get_errno()
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code), path)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _free(directory: str) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def directories(paths: set[str]) -> set[str]:
+    """Return the directories of these files."""
+    return {os.path.dirname(path) for path in paths}
+
+
+async def watch_space(vmid: int, counted: set[str], reserve: int = RESERVE) -> None:
     """Return never; raise when a scratch store is about to run full.
 
     Raises:
         JobError: free space fell below the reserve; end the backup now.
     """
     while True:
-        for directory in sorted(directories):
-            found = os.statvfs(directory)
-            free = found.f_bavail * found.f_frsize
+        for directory in sorted(counted):
+            free = await asyncio.to_thread(_free, directory)
             if free < reserve:
                 raise JobError(
                     f"only {human(free)} left in {directory}; the backup is ended "
@@ -274,6 +363,24 @@ async def watch(vmid: int, directories: set[str], reserve: int = RESERVE) -> Non
                     remedy="set scratch_dir or fleecing_storage to a larger place.",
                 )
         await asyncio.sleep(WATCH_S)
+
+
+async def watch_answers(vmid: int, paths: set[str], bound_s: float) -> None:
+    """Return never; raise when a scratch store has not answered for ``bound_s``.
+
+    Raises:
+        JobError: guest writes wait for it; end the backup.
+    """
+    async with StoreProbe(directories(paths)) as probe:
+        where = await probe.silent(bound_s)
+    raise JobError(
+        f"the scratch store {where} has not answered for {bound_s:.0f} s, and guest "
+        "writes wait for it; the backup is ended.",
+        vm=str(vmid),
+        phase="scratch",
+        remedy="see what is wrong with it, or set scratch_dir or fleecing_storage to "
+        "another place.",
+    )
 
 
 def _unlink(path: str) -> None:

@@ -14,8 +14,9 @@ A full or slow scratch store breaks the *backup* (``break-snapshot``, ``cbw-time
 never the guest. Freed by TRIM as we read.
 
 *fleece* (older): ``blockdev-backup sync=none`` into a scratch qcow2 that has the image
-as its backing file. There a full scratch fails the *guest's write*, so whoever uses it
-must watch the scratch store's free space (``pveplug.scratch``).
+as its backing file. There a full scratch fails the *guest's write*, so its room is
+reserved before the switch, and whoever uses it must watch the scratch store
+(``pveplug.scratch``).
 
 The calls come in this order; only ``switch`` needs the guest frozen::
 
@@ -29,6 +30,7 @@ Sequences, and why their order may not be changed: docs/cbt.md.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -49,13 +51,15 @@ from pveplug.blockgraph import (
 from pveplug.cleanup import clean_up, query_graph
 from pveplug.errors import ConfigError, IntegrityError, QmpError
 from pveplug.qmp import VmGoneError, qmp_session
-from pveplug.units import CLUSTER
+from pveplug.units import CLUSTER, GiB
 
 log = logging.getLogger(__name__)
 
 Mechanism = Literal["cbw", "fleece"]
 CBW_SINCE: Final = (10, 0, 0)
 IOTHREAD_SINCE: Final = (8, 0, 0)
+UNTIL_SWITCH: Final = GiB
+"""What the guest may write anew between the count and the switch, freeze included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,15 @@ class ScratchFile:
 class Scratch(Protocol):
     """Where scratch images come from."""
 
-    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
-        """Make an image of ``size`` bytes; ``backing``: it must be able to have one."""
+    async def create(
+        self, key: str, size: int, *, backing: bool, data: int = 0
+    ) -> ScratchFile:
+        """Make an image of ``size`` bytes.
+
+        Args:
+            backing: it must be able to have a backing file.
+            data: bytes that must find room in it whatever else is written there.
+        """
 
     async def remove(self) -> None:
         """Remove every image made; may be repeated."""
@@ -156,7 +167,12 @@ class PointInTime:
             )
         self._plan(job, level)
         images = {
-            key: await self._scratch.create(key, disk.size, backing=self._fleeced(disk))
+            key: await self._scratch.create(
+                key,
+                disk.size,
+                backing=self._fleeced(disk),
+                data=self._to_reserve(disk),
+            )
             for key, disk in self._disks.items()
         }
         async with qmp_session(self._qmp_path) as qmp:
@@ -236,6 +252,16 @@ class PointInTime:
     def _fleeced(self, disk: DiskNode) -> bool:
         # A flash drive can't get a filter while it runs; its few KiB are fleeced.
         return self.mechanism == "fleece" or disk.is_flash
+
+    def _to_reserve(self, disk: DiskNode) -> int:
+        """Return how much room a guest's writes may need for certain.
+
+        All that holds data at the switch may be overwritten before it is read. A
+        filter needs no certainty: there a full scratch store breaks the backup.
+        """
+        if not self._fleeced(disk):
+            return 0
+        return min(disk.data_at_most + UNTIL_SWITCH, disk.size)
 
     def _nodes_to_add(self, disk: DiskNode, image: ScratchFile) -> list[dict[str, Any]]:
         scratch, filter_, _ = node_names(disk.key)
@@ -468,6 +494,18 @@ class PointInTime:
             except QmpError as error:
                 self.notes.append(f"{key}: segments were not folded: {error.desc}")
                 return  # the later ones count on the earlier
+
+    async def let_go(self) -> None:
+        """End the fleecing jobs, so that no further guest write is copied.
+
+        The images stay in QEMU. One whose store doesn't answer is waited for with the
+        whole VM if a copy is under way: see first whether one is.
+        """
+        async with qmp_session(self._qmp_path) as qmp:
+            for disk in self._disks.values():
+                if self._fleeced(disk):
+                    with contextlib.suppress(QmpError):  # it has ended by itself
+                        await qmp.execute("job-cancel", {"id": fleece_job(disk.key)})
 
     async def close(self) -> None:
         """Take everything out of the VM and remove the scratch images.

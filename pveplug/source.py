@@ -35,9 +35,10 @@ from pveplug.proto.pve_values import volume_id
 from pveplug.pve import PveApi, Storage, VmStatus
 from pveplug.pve_local import PveLocal
 from pveplug.quiesce import SETTLE_S, Verdict, Wish, frozen, run_hook
-from pveplug.scratch import LocalScratch, StorageScratch
+from pveplug.scratch import LocalScratch, StorageScratch, directories
 from pveplug.selection import SelectedDisks, VmSummary, select_disks
 from pveplug.snapshot import Options, PointInTime, SnapshotDisk
+from pveplug.storeprobe import StoreProbe, stuck
 from pveplug.tasks import to_the_end
 from pveplug.vmconfig import (
     Drive,
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 
 EFI_SIZES = {"4m": 540672, "2m": 131072}
 """What QEMU maps of an EFI volume, which block storages round up."""
+ANSWER_S = 5.0
+"""A store that takes longer for 4 KiB would hold the VM at least as long."""
+STORE_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,10 @@ class Opened:
     disks: list[ReadableDisk] = field(default_factory=list)
     left_out: tuple[tuple[str, str], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
-    watched: set[str] = field(default_factory=set)
+    counted: set[str] = field(default_factory=set)
     """Directories whose free space the guest's writes depend on."""
+    fleeced: set[str] = field(default_factory=set)
+    """Scratch images which the guest's writes wait for without a bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +285,7 @@ class _Opener:
             ),
         )
         self._journal.note(touched=True, nbd_socket=nbd_socket)
-        stack.push_async_callback(self._close, point)
+        stack.push_async_callback(self._close, point, scratch.paths)
         with _phase(vmid, "prepare"):
             await point.prepare(
                 job, level, {k: d.file for k, d in drives.items() if d not in tpm}
@@ -318,7 +324,8 @@ class _Opener:
                 await self._volume(stack, drive, "read beside the running swtpm")
             )
         if point.mechanism == "fleece":
-            opened.watched = set(scratch.watched)
+            opened.counted = set(scratch.counted)
+            opened.fleeced = set(scratch.paths)
 
     async def _warn_of_rollback(self, disks: list[str]) -> None:
         """Say what persistent bitmaps do to Proxmox VE's rollback."""
@@ -411,10 +418,11 @@ class _Opener:
                 f"VM {self._vmid}: post_thaw_cmd ended well. {said}".rstrip()
             )
 
-    async def _close(self, point: PointInTime) -> None:
+    async def _close(self, point: PointInTime, images: set[str]) -> None:
         failing = sys.exception() is not None
 
         async def close() -> None:
+            await self._store_answers(point, images)
             await point.close()
             # In here: a cancellation while it closes comes only after this.
             self._journal.undone(touched=False)
@@ -426,6 +434,37 @@ class _Opener:
             if not failing:
                 raise
             self._say.error(f"VM {self._vmid}: {error}")
+
+    async def _store_answers(self, point: PointInTime, images: set[str]) -> None:
+        """Wait until closing the scratch images won't hold the VM.
+
+        Raises:
+            JobError: they can't be closed now; the journal knows of them.
+        """
+        async with StoreProbe(directories(images)) as probe:
+            if await probe.all_answer(ANSWER_S):
+                return
+            where = ", ".join(sorted(directories(images)))
+            self._say.warning(
+                f"VM {self._vmid}: the scratch store {where} does not answer; closing "
+                "its images now would stop the VM for as long, so they stay in QEMU "
+                "until it does"
+            )
+            process = self._local.vm_running(self._vmid)
+            busy = process is not None and stuck(process.pid, images)
+            log.info("vm=%s store=%s silent copying=%s", self._vmid, where, busy)
+            if not busy:
+                await point.let_go()
+            if await probe.all_answer(STORE_PATIENCE_S):
+                return
+        raise JobError(
+            f"the scratch store {where} does not answer, so its images are still in "
+            "QEMU.",
+            vm=str(self._vmid),
+            phase="clean-up",
+            remedy="once it answers: podheitor-proxmox-backend --cleanup "
+            f"{self._journal.entry.job}, or the VM's next backup.",
+        )
 
     async def _scratch(self) -> LocalScratch | StorageScratch:
         local = LocalScratch(

@@ -34,7 +34,7 @@ LAYERS: Final = {
     "foundation": {"extents", "errors", "units", "events", "node"},
     "proto": {"proto"},
     "images": {"images"},
-    "policy": {"values", "selection", "vmconfig", "vmrestore", "secrets"},
+    "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {"config", "parameters", "pluginstring", "manual"},
     "chapters": {"source", "access", "restore_vm"},
     "engines": {"backup", "restore", "estimate", "verify"},

@@ -25,7 +25,7 @@ of the disk, tells anything about what is there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -182,7 +182,8 @@ class OrderedReader:
     """Reads runs in their order, with several requests in flight.
 
     Buffers are reused; read-ahead is bounded by ``in_flight_bytes`` (2-4 MiB measured
-    best: more falls out of the processor's cache). There are no tasks: leaving the
+    best: more falls out of the processor's cache), and by ``allowed()`` requests, asked
+    each time. There are no tasks: leaving the
     iteration, by any way, abandons the requests under way. A generator that was left
     by ``break`` does so when it is closed, so prefer ``contextlib.aclosing``.
     """
@@ -193,6 +194,7 @@ class OrderedReader:
         *,
         request_bytes: int = 512 * KiB,
         in_flight_bytes: int = 4 * MiB,
+        allowed: Callable[[], int] | None = None,
     ) -> None:
         self._client = client
         self._request = max(
@@ -200,6 +202,7 @@ class OrderedReader:
             client.minimum_block,
         )
         self._depth = max(in_flight_bytes // self._request, 1)
+        self._allowed = allowed or (lambda: self._depth)
         self._free: list[bytearray] = []
 
     async def read(self, runs: Iterable[tuple[int, int]]) -> AsyncIterator[Slot]:
@@ -212,7 +215,7 @@ class OrderedReader:
         mine: bytearray | None = None  # in the consumer's hands
         try:
             while True:
-                while len(under_way) < self._depth:
+                while len(under_way) < max(min(self._depth, self._allowed()), 1):
                     piece = next(pieces, None)
                     if piece is None:
                         break

@@ -40,7 +40,9 @@ class Scratch:
     def __init__(self, base: Path) -> None:
         self._base = base
 
-    async def create(self, key: str, size: int, *, backing: bool) -> ScratchFile:
+    async def create(
+        self, key: str, size: int, *, backing: bool, data: int = 0
+    ) -> ScratchFile:
         path = self._base / f"scratch-{key}.qcow2"
         make_image(path, "qcow2", size)
         return ScratchFile(str(path), "qcow2", "file")

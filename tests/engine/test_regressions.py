@@ -69,9 +69,14 @@ async def test_a_file_daemon_killed_in_the_clean_up_leaves_no_journal(
         began.set()
         await asyncio.sleep(0.01)
 
-    opener: Any = SimpleNamespace(_journal=journal, _vmid=100, _say=None)
+    async def answers(*_: object) -> None:
+        pass  # the scratch store
+
+    opener: Any = SimpleNamespace(
+        _journal=journal, _vmid=100, _say=None, _store_answers=answers
+    )
     point = cast(PointInTime, SimpleNamespace(close=close))
-    task = asyncio.create_task(_Opener._close(opener, point))
+    task = asyncio.create_task(_Opener._close(opener, point, set()))
     await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

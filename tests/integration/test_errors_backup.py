@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
+import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -258,19 +263,97 @@ async def test_a_full_scratch_store_ends_the_backup_and_not_the_guest(
     await vm.qemu_io("scsi0", "read -P 9 16M 8M")
 
 
-async def test_a_fleecing_backup_ends_before_its_scratch_store_is_full(
+async def test_a_fleecing_backup_without_room_for_the_worst_case_is_refused(
     world: ErrorWorld, small_disk: Callable[[str], Path]
 ) -> None:
     vm, where = world.site.vm(100), small_disk("64M")
     result = await world.backup(f"vmid=100 mechanism=fleece scratch_dir={where}")
     failed(
         result,
+        f"VM 100 disk scsi0 (scratch): scratch needs 65.0 MiB in {where}, where ",
+        "are free: were it to run full",
+        "The guest was not touched",
+        "Remedy: set scratch_dir or fleecing_storage to a larger place",
+    )
+    await vm.qemu_io("scsi0", "write -P 9 16M 8M")
+
+
+async def test_a_full_store_does_not_hurt_the_guest_of_a_fleecing_backup(
+    world: ErrorWorld, small_disk: Callable[[str], Path]
+) -> None:
+    vm, where = world.site.vm(100), small_disk("80M")
+    name = await world.define(
+        f"vmid=100 mechanism=fleece bwlimit=8192 scratch_dir={where}"
+    )
+    job_id = await world.start(name)
+    await reading(vm)
+    with (where / "somebody else's").open("wb") as file:
+        with contextlib.suppress(OSError):
+            while True:
+                os.write(file.fileno(), bytes(MiB))
+    assert os.statvfs(where).f_bavail == 0
+    for at in range(0, 24, 2):
+        await vm.qemu_io("scsi0", f"write -P 8 {at}M 2M")
+    informed(await world.wait(job_id), "VM 100 (vm100) is in this job")
+    await vm.qemu_io("scsi0", "read -P 8 0 24M")
+
+
+async def test_a_fleecing_backup_ends_before_its_scratch_store_is_full(
+    world: ErrorWorld, file_system: Callable[[str, int], Path]
+) -> None:
+    vm = world.site.vm(100)
+    where = file_system("ext2", 345)  # it can't reserve
+    name = await world.define(
+        f"vmid=100 mechanism=fleece bwlimit=2048 scratch_dir={where}"
+    )
+    job_id = await world.start(name)
+    await reading(vm)
+    (where / "filler").write_bytes(bytes(96 * MiB))
+    failed(
+        await world.wait(job_id),
         "VM 100 (scratch): only ",
         f"left in {where}; the backup is ended before a full scratch store hurts the "
         "guest",
         "Remedy: set scratch_dir or fleecing_storage to a larger place",
     )
     await vm.qemu_io("scsi0", "write -P 9 16M 8M")
+
+
+@pytest.mark.parametrize("copying", [False, True], ids=["idle", "copying"])
+async def test_a_scratch_store_that_stalls_ends_a_fleecing_backup(
+    world: ErrorWorld, file_system: Callable[[str, int], Path], copying: bool
+) -> None:
+    vm, where = world.site.vm(100), file_system("ext4", 128)
+    name = await world.define(
+        "vmid=100 mechanism=fleece cbw_timeout=2 bwlimit=1024 lock_wait=0 "
+        f"scratch_dir={where}"
+    )
+    job_id = await world.start(name)
+    await reading(vm)
+    subprocess.run(["fsfreeze", "-f", where], check=True)
+    try:
+        if copying:  # this write waits for the store whatever anybody does
+            await vm.qemu_io("scsi0", "aio_write -q -P 6 16M 8M")
+        async with asyncio.timeout(30):
+            while "does not answer" not in await world.said(job_id):
+                await asyncio.sleep(0.2)
+        if not copying:
+            await asyncio.sleep(0.5)
+            began = time.monotonic()
+            await vm.qemu_io("scsi0", "write -q -P 6 16M 8M")
+            assert time.monotonic() - began < 1, "the guest still waits for the store"
+    finally:
+        subprocess.run(["fsfreeze", "-u", where], check=True)
+    began = time.monotonic()
+    await vm.qmp("query-status")
+    assert time.monotonic() - began < 2, "the guest waits longer than the store"
+    failed(
+        await world.wait(job_id),
+        f"VM 100 (scratch): the scratch store {where} has not answered for 2 s, and "
+        "guest writes wait for it; the backup is ended",
+        "Remedy: see what is wrong with it",
+    )
+    await vm.qemu_io("scsi0", "read -P 6 16M 8M")
 
 
 async def test_scratch_that_cannot_be_made_says_where_and_why(
@@ -292,6 +375,36 @@ async def test_scratch_that_cannot_be_made_says_where_and_why(
         "cannot use the scratch directory /proc/nowhere",
         "Remedy: set scratch_dir or fleecing_storage",
     )
+
+
+async def test_a_guest_over_its_latency_budget_is_read_gently(
+    world: ErrorWorld,
+) -> None:
+    vm = world.site.vm(100)
+    counted = 0
+
+    async def answer(command: dict[str, Any]) -> dict[str, Any] | None:
+        nonlocal counted
+        if command["execute"] != "query-blockstats":
+            return None
+        counted += 1  # each second one request more, of 50 ms
+        stats = {f"{kind}_operations": 0 for kind in ("rd", "wr", "flush")}
+        stats |= {f"{kind}_total_time_ns": 0 for kind in ("rd", "wr", "flush")}
+        stats |= {"wr_operations": counted, "wr_total_time_ns": counted * 50_000_000}
+        found = [{"node-name": "drive-scsi0", "stats": stats}]
+        return {"return": found, "id": command["id"]}
+
+    vm.machine.qmp_relay.answer = answer
+    try:
+        result = await world.backup("vmid=100 latency_budget_ms=20 bwlimit=4096")
+    finally:
+        vm.machine.qmp_relay.answer = None
+    informed(
+        result,
+        "VM 100: the guest's requests take 50 ms (latency_budget_ms=20); the backup "
+        "reads with 4 requests in flight",
+    )
+    informed(result, "VM 100: latency budget 20 ms: ", "at worst 50 ms")
 
 
 # --- the guest ------------------------------------------------------------------------

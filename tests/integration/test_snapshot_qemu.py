@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
+import socket
+import struct
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pveplug.cbt import Level
+from pveplug.guestlatency import Counters, counters, slowest
 from pveplug.snapshot import Options, PointInTime, SnapshotDisk
 from tests.support.bare_qemu import BareQemu, DiskImage, make_image
 from tests.support.points import TempScratch, dirty, full_read, unique
@@ -188,3 +194,109 @@ async def test_segments_have_64_kib_whatever_the_images_clusters(base: Path) -> 
         assert disk.plan is not None
         assert disk.plan.whole is None
         assert set(segments(vm).values()) == {65536}
+
+
+@pytest.mark.parametrize("layout", ["blockdev", "drive"])
+async def test_the_guests_own_requests_are_timed_with_and_without_a_filter(
+    base: Path, layout: str
+) -> None:
+    def now() -> Counters:
+        return counters(vm.command("query-blockstats"))  # type: ignore[arg-type]
+
+    with BareQemu(base, layout, {"scsi0": make_image(base / "a", "raw", SIZE)}) as vm:
+        before = now()
+        vm.io("scsi0", "aio_write -q -P 9 1M 64k")
+        vm.io("scsi0", "aio_flush")
+        assert (slowest(before, now()) or 0) > 0
+        snapshot = point(vm, "auto")
+        await snapshot.prepare(unique("01"), Level("F"), vm.volids)
+        await snapshot.switch()
+        (disk,) = await snapshot.publish()
+        before = now()
+        full_read(disk, base / "copy")
+        reads = now()["scsi0", "rd"][0] - before["scsi0", "rd"][0]
+        assert reads < 10, "the backup's own reads are counted"  # the BIOS has a few
+        vm.io("scsi0", "aio_write -q -P 8 1M 64k")
+        vm.io("scsi0", "aio_flush")
+        assert (slowest(before, now()) or 0) > 0
+        await snapshot.close()
+
+
+@contextlib.contextmanager
+def frozen_store(where: Path) -> Iterator[None]:
+    """A file system on which no write returns within the block."""
+    subprocess.run(["fsfreeze", "-f", where], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "-u", where], check=True)
+
+
+def took(vm: BareQemu, text: str) -> float:
+    began = time.monotonic()
+    vm.io("scsi0", text)
+    return time.monotonic() - began
+
+
+async def test_a_stuck_scratch_store_costs_a_guest_the_timeout_once(
+    base: Path, file_system: Callable[[str, int], Path]
+) -> None:
+    store = file_system("ext4", 64)
+    disk_image = make_image(base / "a", "raw", SIZE)
+    with BareQemu(base, "blockdev", {"scsi0": disk_image}) as vm:
+        vm.io("scsi0", "write -q -P 1 0 24M")
+        snapshot = PointInTime(
+            vm.qmp_path,
+            str(base / "nbd"),
+            TempScratch(store),
+            Options(mechanism="cbw", cbw_timeout_s=1),
+        )
+        await snapshot.prepare(unique("01"), Level("F"), vm.volids)
+        await snapshot.switch()
+        (disk,) = await snapshot.publish()
+        assert took(vm, "write -q -P 2 0 64k") < 1
+        with frozen_store(store):
+            assert 0.9 < took(vm, "write -q -P 3 8M 64k") < 3
+            for at in range(9, 20):
+                assert took(vm, f"write -q -P 4 {at}M 64k") < 0.9
+        assert "failed" not in (base / "qemu.err").read_text()
+        with pytest.raises(subprocess.CalledProcessError):
+            full_read(disk, base / "copy")
+        await snapshot.close()
+        assert vm.ours() == []
+
+
+@pytest.mark.parametrize("mechanism", ["cbw", "fleece"])
+async def test_a_reader_that_stands_still_does_not_hold_the_guest(
+    base: Path, mechanism: str
+) -> None:
+    disk_image = make_image(base / "a", "raw", SIZE)
+    with BareQemu(base, "blockdev", {"scsi0": disk_image}) as vm:
+        vm.io("scsi0", "write -q -P 1 0 24M")
+        snapshot = point(vm, mechanism)
+        await snapshot.prepare(unique("01"), Level("F"), vm.volids)
+        await snapshot.switch()
+        (disk,) = await snapshot.publish()
+        with socket.socket(socket.AF_UNIX) as reader:
+            reader.connect(disk.socket)
+            ask_and_never_read(reader, disk.export)
+            for at in range(0, 24, 2):
+                assert took(vm, f"write -q -P 4 {at}M 64k") < 1
+        # Gone, as a killed backend is; before, QEMU would not let go of its requests.
+        await snapshot.close()
+        assert vm.ours() == []
+
+
+def ask_and_never_read(reader: socket.socket, export: str) -> None:
+    """Handshake, ask for 24 MiB in pieces, and take none of it."""
+    reader.recv(18, socket.MSG_WAITALL)
+    name = export.encode()
+    reader.sendall(
+        struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name
+    )  # NBD_OPT_EXPORT_NAME, without the zeroes after its answer
+    reader.recv(10, socket.MSG_WAITALL)
+    for number in range(SIZE >> 20):
+        reader.sendall(
+            struct.pack(">IHHQQI", 0x25609513, 0, 0, number, number << 20, 1 << 20)
+        )
+    time.sleep(0.2)
