@@ -61,9 +61,15 @@ def _vmid(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Repair; returns the exit status."""
-    logging.getLogger("pveplug").addHandler(logging.NullHandler())
-    logging.getLogger("pveplug").propagate = False
-    return asyncio.run(_Repair(load_node(), arguments).run())
+    # What is logged is said in the lines below, too.
+    logger, quiet = logging.getLogger("pveplug"), logging.NullHandler()
+    logger.addHandler(quiet)
+    logger.propagate = False
+    try:
+        return asyncio.run(_Repair(load_node(), arguments).run())
+    finally:
+        logger.propagate = True
+        logger.removeHandler(quiet)
 
 
 class _Repair:
