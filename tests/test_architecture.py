@@ -35,18 +35,23 @@ LAYERS: Final = {
     "proto": {"proto"},
     "images": {"images"},
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
-    "configuration": {"config", "parameters", "pluginstring", "manual"},
-    "chapters": {"source", "access", "restore_vm"},
-    "engines": {"backup", "restore", "estimate", "verify"},
+    "configuration": {
+        *("config", "parameters", "pluginstring", "manual"),
+        "dr.receiver_config",
+    },
+    "chapters": {"source", "access", "restore_vm", "dr.failover"},
+    "engines": {"backup", "restore", "estimate", "verify", "dr.receiver"},
     "top": {
         "",
         "__main__",
         "cli",
         "command_bitmaps",
         "command_repair",
+        "command_replicas",
         "command_verify",
         "backend",
         "library",
+        "dr.receiver_main",
     },
 }
 ADAPTERS: Final = "adapters"
@@ -87,11 +92,15 @@ class Import:
 
 
 def layer_of(module: str) -> str:
-    """``pveplug.proto.ptcomm`` -> ``proto``; ``pveplug`` itself is at the top."""
-    name = module.split(".")[1] if "." in module else ""
-    for layer, names in LAYERS.items():
-        if name in names:
-            return layer
+    """``pveplug.proto.ptcomm`` -> ``proto``; ``pveplug`` itself is at the top.
+
+    A module of a package may be in a layer of its own: ``dr.receiver``.
+    """
+    parts = module.split(".")[1:]
+    for name in (".".join(parts[:2]), parts[0] if parts else ""):
+        for layer, names in LAYERS.items():
+            if name in names:
+                return layer
     return ADAPTERS
 
 
