@@ -202,6 +202,42 @@ def setup_cli(*, verbose: bool = False) -> None:
     _install(logging.StreamHandler(), verbose, quiet=True)
 
 
+def setup_service(*, verbose: bool = False) -> None:
+    """Log to standard error, one line each, for a service manager.
+
+    Where that is the journal's, each line begins with its priority (sd-daemon(3)).
+    """
+    import logging
+
+    handler = logging.StreamHandler()
+    _install(handler, verbose, dated=not _is_journal(2), one_line=True)
+    if _is_journal(2):
+        inner = handler.formatter or logging.Formatter()
+        handler.setFormatter(_prioritised(inner))
+    _log_what_nobody_caught()
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether systemd connected this descriptor to the journal: systemd.exec(5)."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _prioritised(inner: logging.Formatter) -> logging.Formatter:
+    import logging
+
+    levels = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+    class Prioritised(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return f"<{levels.get(record.levelname, 6)}>{inner.format(record)}"
+
+    return Prioritised()
+
+
 def _install(
     handler: logging.Handler,
     verbose: bool,

@@ -261,7 +261,7 @@ def _address(text: str) -> str:
 
 def _map(value: Any) -> Mapped:
     text = _text(value)
-    return MAPPED.parse(text) if text else Mapped()  # type: ignore[no-any-return]
+    return MAPPED.parse(text) if text else Mapped()
 
 
 def _pins(value: Any) -> tuple[str, ...]:

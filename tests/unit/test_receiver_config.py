@@ -97,7 +97,7 @@ def test_a_wrong_key_is_said_with_its_name(tables, said):
 
 
 def test_what_must_be_there_is_asked_for():
-    with pytest.raises(ConfigError, match="tls.cert is missing: certificate"):
+    with pytest.raises(ConfigError, match=r"tls\.cert is missing: certificate"):
         parse_receiver({**LEAST, "tls": {"key": "/k"}}, Node())
 
 
@@ -111,10 +111,10 @@ def test_the_file_is_named_in_every_complaint(tmp_path):
     with pytest.raises(ConfigError, match="does not exist; `pveplug receiver init`"):
         load_receiver(path, Node())
     path.write_text("port =")
-    with pytest.raises(ConfigError, match="receiver-x.toml: "):
+    with pytest.raises(ConfigError, match=r"receiver-x\.toml: "):
         load_receiver(path, Node())
     path.write_text("port = 0")
-    with pytest.raises(ConfigError, match="receiver-x.toml: "):
+    with pytest.raises(ConfigError, match=r"receiver-x\.toml: "):
         load_receiver(path, Node())
 
 
