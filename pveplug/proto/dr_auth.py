@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pveplug.errors import LocalProtocolError, RemoteProtocolError
+from pveplug.errors import LocalProtocolError, RemoteProtocolError, TransportError
 from pveplug.proto.dr_wire import Buffer, RawFrame, encode_frame
 
 VERSIONS: Final = (1,)
@@ -306,12 +306,14 @@ class ClientHandshake(_Handshake):
         """The server closed the connection.
 
         Raises:
-            AuthenticationError: it did so before it had accepted us.
+            TransportError: it did so before it had accepted us, without a refusal:
+                it is being stopped, or waited too long.
         """
         if self.state is not State.DONE:
-            raise self._failed(
-                "the receiver closed the connection instead of proving itself; its "
-                "log says why"
+            state, self.state = self.state, State.FAILED
+            raise TransportError(
+                f"the receiver closed the connection in the handshake ({state.value}); "
+                "its log may say why"
             )
 
     def _take_challenge(self, payload: Buffer) -> None:
