@@ -35,7 +35,10 @@ LAYERS: Final = {
     "proto": {"proto"},
     "images": {"images"},
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
-    "configuration": {"config", "parameters", "pluginstring", "manual"},
+    "configuration": {
+        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        "manual",
+    },
     "chapters": {"source", "access", "restore_vm"},
     "engines": {"backup", "restore", "estimate", "verify"},
     "top": {
