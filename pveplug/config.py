@@ -45,6 +45,10 @@ _CREDENTIALS: Final = (
     "pve_password_file",
     "pve_password_cmd",
 )
+_AT_THE_SOURCE: Final = (
+    *("backup", "seed", "incremental"),
+    *("failback", "failback-commit", "failback-undo"),
+)
 _NO_LEVEL: Final = {
     "incremental": ": it is a replication cycle of disaster recovery. The level of a "
     "backup is Bacula's: mode=backup here, Level = Incremental in the Job or Schedule"
@@ -193,6 +197,13 @@ class BackupConfig:
     replication: Replication | None = None
     """What a mode of disaster recovery was told; None with ``mode=backup``."""
 
+    @property
+    def needs_source(self) -> bool:
+        """Whether this node's Proxmox VE has a part in it."""
+        if self.mode == "failover-exec":
+            return not (self.replication and self.replication.dr_unplanned)
+        return self.mode in _AT_THE_SOURCE
+
 
 @dataclass(frozen=True, slots=True)
 class RestoreConfig:
@@ -261,25 +272,24 @@ def parse_backup(
     values = _typed(plugin_words(plugin_string))
     warnings: list[str] = []
     connection = _connection(values, node or Node(), warnings)
-    replication = _replication(values, warnings)
-    if not (replication and replication.dr_unplanned):
-        connection.check()
     selection = Selection(
         **{f.name: _value(values, f.name) for f in dataclasses.fields(Selection)}
     )
-    _check_selection(selection)
-    capture = _capture(values, node or Node())
-    return (
-        BackupConfig(
-            connection,
-            selection,
-            capture,
-            _value(values, "mode"),
-            _value(values, "backup_type"),
-            replication,
-        ),
-        warnings,
+    config = BackupConfig(
+        connection,
+        selection,
+        _capture(values, node or Node()),
+        _value(values, "mode"),
+        _value(values, "backup_type"),
+        _replication(values, warnings),
     )
+    if config.needs_source:
+        connection.check()
+    if config.mode != "status" or str(selection):
+        _check_selection(selection)
+    else:
+        config = dataclasses.replace(config, selection=Selection(all=True))
+    return config, warnings
 
 
 def level_warning(backup_type: str | None, level: str) -> str | None:
