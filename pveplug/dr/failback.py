@@ -130,13 +130,11 @@ class Failback:
                 ),
                 Result,
             )
-            if phase != KEPT:
-                sent = await self._stage(journal)
-            else:
-                sent = (await verify(self._new)).trailer.bytes
-                self._say.info(
-                    f"VM {self._vm.vmid}: a failback that was cut off is gone on with"
-                )
+            if phase == KEPT:
+                # What was staged then may be old by now: from the beginning.
+                self._say.info(f"VM {self._vm.vmid}: a cut failback is taken back first")
+                await self._apply(self._old, journal)
+            sent = await self._stage(journal)
             await self._apply(self._new, journal)
             self._note(APPLIED)
         self._say.info(

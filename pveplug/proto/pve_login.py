@@ -144,8 +144,10 @@ def colon_hex(digest: bytes) -> str:
     return digest.hex(":").upper()
 
 
-def parse_fingerprints(text: str) -> tuple[str, ...]:
+def parse_fingerprints(text: str, key: str = "pve_fingerprint") -> tuple[str, ...]:
     """Read SHA-256 fingerprints, colon or plain hex in any case, several by commas.
+
+    ``key`` is the parameter they stand in.
 
     Returns: each as ``AA:BB:…``; nothing for an empty text.
 
@@ -164,9 +166,9 @@ def parse_fingerprints(text: str) -> tuple[str, ...]:
             digest = b""
         if len(digest) != 32:
             raise ConfigError(
-                f"pve_fingerprint {item!r} is not a SHA-256 fingerprint: 64 hex "
+                f"{key} {item!r} is not a SHA-256 fingerprint: 64 hex "
                 "digits, with or without colons",
-                key="pve_fingerprint",
+                key=key,
             )
         if (shown := colon_hex(digest)) not in found:
             found.append(shown)
