@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from pveplug.bacula import BaculaSession
+    from pveplug.config import BackupConfig
     from pveplug.node import Node
 
 EX_FAILED = 1
@@ -203,6 +204,9 @@ async def _job(session: BaculaSession, node: Node) -> None:
     from pveplug.pve_local import PveLocal
 
     local = PveLocal(node)
+    if backup.replication is not None:
+        await _replication(session, node, backup)
+        return
     api = await open_api(backup.connection)
     async with api:
         await session.accept_params()
@@ -217,8 +221,49 @@ async def _job(session: BaculaSession, node: Node) -> None:
 
         await session.accept_start()
         await _while_wanted(session, Backup(backup, node, session, api, local).run())
+    await _close(session)
+
+
+async def _replication(
+    session: BaculaSession, node: Node, config: BackupConfig
+) -> None:
+    """Lead a job of disaster recovery; what it stores are reports."""
+    import contextlib
+
+    from pveplug.access import open_api
+    from pveplug.dr.reports import BaculaReports
+    from pveplug.dr.sender import Replicate
+    from pveplug.pve_local import PveLocal
+
+    assert config.replication is not None  # noqa: S101 - for the type checker
+    async with contextlib.AsyncExitStack() as stack:
+        api = None
+        if config.needs_source:
+            api = await stack.enter_async_context(await open_api(config.connection))
+        await session.accept_params()
+        if session.job.type == "E":
+            session.info(f"mode={config.mode} stores only reports: nothing to estimate")
+            await session.no_more_files()
+            await session.end()
+            return
+        await session.accept_start()
+        engine = Replicate(
+            config,
+            config.replication,
+            node,
+            session.job.name,
+            api,
+            PveLocal(node),
+            BaculaReports(session),
+        )
+        await _while_wanted(session, engine.run())
+    await _close(session)
+
+
+async def _close(session: BaculaSession) -> None:
     await session.no_more_files()
-    # Nothing waits for the verdict: segments need no commit (docs/cbt.md).
+    # Nothing waits for the verdict: segments need no commit (docs/cbt.md), and what
+    # went to another site was acknowledged there.
     status = await session.job_status()
     import logging
 

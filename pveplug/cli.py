@@ -15,7 +15,13 @@ from typing import Final
 
 from cryptography import x509
 
-from pveplug import __version__, command_bitmaps, command_repair, command_verify
+from pveplug import (
+    __version__,
+    command_bitmaps,
+    command_dr,
+    command_repair,
+    command_verify,
+)
 from pveplug.config import level_warning, parse_backup, parse_restore, shown
 from pveplug.errors import ConfigError, PveplugError, TransportError
 from pveplug.manual import explain
@@ -48,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return command_repair.run(arguments)
             case "bitmaps":
                 return command_bitmaps.run(arguments)
+            case "dr":
+                return command_dr.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
             case "verify":
@@ -122,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     command_repair.add_parser(commands)
     command_verify.add_parser(commands)
     command_bitmaps.add_parser(commands)
+    command_dr.add_parser(commands)
     return parser
 
 

@@ -21,7 +21,8 @@ from typing import Any, Final, Literal
 
 from pveplug.errors import ConfigError
 from pveplug.node import Node
-from pveplug.parameters import PARAMETERS, Parameter, lookup
+from pveplug.parameter import Parameter
+from pveplug.parameters import PARAMETERS, lookup
 from pveplug.pluginstring import (
     is_vm_where,
     option_words,
@@ -44,6 +45,14 @@ _CREDENTIALS: Final = (
     "pve_password_file",
     "pve_password_cmd",
 )
+_AT_THE_SOURCE: Final = (
+    *("backup", "seed", "incremental"),
+    *("failback", "failback-commit", "failback-undo"),
+)
+_NO_LEVEL: Final = {
+    "incremental": ": it is a replication cycle of disaster recovery. The level of a "
+    "backup is Bacula's: mode=backup here, Level = Incremental in the Job or Schedule"
+}
 _TRUST: Final = ("pve_fingerprint", "pve_ca", "pve_insecure")
 
 
@@ -137,12 +146,63 @@ class Capture:
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """The receiver of a replica: where it is, and how each side proves itself."""
+
+    host: str
+    port: int
+    token: SecretSource | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    ca_file: str | None = None
+    fingerprints: tuple[str, ...] = ()
+    bwlimit: int = 0
+    """KiB/s, 0 is unlimited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replication:
+    """What disaster recovery was told; names and units are those of the parameters."""
+
+    peer: Peer
+    dr_storage: str | None = None
+    dr_bridge_map: Mapped = field(default_factory=Mapped)
+    dr_vmid_map: Mapped = field(default_factory=Mapped)
+    dr_restore_points: int = 7
+    verify_sample_blocks: int = 0
+    verify_slice: str = "1/16"
+    dr_rpo: int | None = None
+    dr_restore_point: str = "latest"
+    dr_unplanned: bool = False
+    dr_final_sync: bool = False
+    dr_shutdown_timeout: int = 180
+    dr_boot_timeout: int = 180
+    dr_discard: bool = False
+    dr_start: bool = True
+    dr_takeover: bool = False
+
+    @property
+    def slices(self) -> int:
+        """Into how many slices a disk is divided for verification; 0: none."""
+        return 0 if self.verify_slice == "off" else int(self.verify_slice[2:])
+
+
+@dataclass(frozen=True, slots=True)
 class BackupConfig:
     connection: Connection
     selection: Selection
     capture: Capture
     mode: str = "backup"
     backup_type: str | None = None
+    replication: Replication | None = None
+    """What a mode of disaster recovery was told; None with ``mode=backup``."""
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether this node's Proxmox VE has a part in it."""
+        if self.mode == "failover-exec":
+            return not (self.replication and self.replication.dr_unplanned)
+        return self.mode in _AT_THE_SOURCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,22 +272,24 @@ def parse_backup(
     values = _typed(plugin_words(plugin_string))
     warnings: list[str] = []
     connection = _connection(values, node or Node(), warnings)
-    connection.check()
     selection = Selection(
         **{f.name: _value(values, f.name) for f in dataclasses.fields(Selection)}
     )
-    _check_selection(selection)
-    capture = _capture(values, node or Node())
-    return (
-        BackupConfig(
-            connection,
-            selection,
-            capture,
-            _value(values, "mode"),
-            _value(values, "backup_type"),
-        ),
-        warnings,
+    config = BackupConfig(
+        connection,
+        selection,
+        _capture(values, node or Node()),
+        _value(values, "mode"),
+        _value(values, "backup_type"),
+        _replication(values, warnings),
     )
+    if config.needs_source:
+        connection.check()
+    if config.mode != "status" or str(selection):
+        _check_selection(selection)
+    else:
+        config = dataclasses.replace(config, selection=Selection(all=True))
+    return config, warnings
 
 
 def level_warning(backup_type: str | None, level: str) -> str | None:
@@ -329,7 +391,7 @@ def _flat(value: object, prefix: str) -> Iterable[tuple[str, str]]:
     for spec in dataclasses.fields(value):
         item = getattr(value, spec.name)
         name = f"{prefix}{spec.name}"
-        if isinstance(item, Connection | Selection | Capture):
+        if isinstance(item, Connection | Selection | Capture | Replication | Peer):
             yield from _flat(item, f"{name}.")
         elif isinstance(item, SecretSource):
             yield name, f"{item.value} (from {item.key})"
@@ -508,6 +570,57 @@ def _check_selection(selection: Selection) -> None:
         raise ConfigError(
             "no VM is selected: give vmid, name, pool, tag, or all=yes", key="vmid"
         )
+
+
+def _replication(values: Mapping[str, Any], warnings: list[str]) -> Replication | None:
+    mode = _value(values, "mode")
+    given = [key for key in values if PARAMETERS[key].group == "dr"]
+    if mode == "backup":
+        if given:
+            raise ConfigError(
+                f"{given[0]} is for disaster recovery, and mode=backup is none; give "
+                "its mode, seed or incremental as a rule",
+                key=given[0],
+            )
+        return None
+    if "dr_host" not in values:
+        raise ConfigError(
+            f"mode={mode} needs dr_host{_NO_LEVEL.get(mode, '')}", key="dr_host"
+        )
+    pair = [key for key in ("dr_auth_cert", "dr_auth_key") if key in values]
+    if len(pair) == 1 or (pair and "dr_auth_ca" not in values):
+        raise ConfigError(
+            "mutual TLS needs dr_auth_cert, dr_auth_key and dr_auth_ca", key=pair[0]
+        )
+    token = _secret_source(values, "dr_auth_token", warnings)
+    if token is None and not pair:
+        raise ConfigError(
+            "no credential for the receiver: give dr_auth_token_file, or dr_auth_cert, "
+            "dr_auth_key and dr_auth_ca",
+            key="dr_auth_token",
+        )
+    if _value(values, "dr_unplanned") and _value(values, "dr_final_sync"):
+        raise ConfigError(
+            "dr_final_sync needs the source, and dr_unplanned says that it is lost",
+            key="dr_final_sync",
+        )
+    peer = Peer(
+        values["dr_host"],
+        _value(values, "dr_port"),
+        token,
+        values.get("dr_auth_cert"),
+        values.get("dr_auth_key"),
+        values.get("dr_auth_ca"),
+        _value(values, "dr_peer_fingerprint"),
+        _value(values, "dr_bwlimit"),
+    )
+    told = {
+        spec.name: _value(values, spec.name)
+        for spec in dataclasses.fields(Replication)
+        if spec.name != "peer"
+    }
+    told["dr_vmid_map"] = told["dr_vmid_map"] or Mapped()
+    return Replication(peer, **told)
 
 
 def _capture(values: Mapping[str, Any], node: Node) -> Capture:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from pveplug.parameters import GROUPS, PARAMETERS, Parameter, default_shown
+from pveplug.parameter import Parameter
+from pveplug.parameters import GROUPS, PARAMETERS, default_shown
 
 
 def explain(parameter: Parameter) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from pveplug import values as v
 from pveplug.errors import ConfigError
+from pveplug.parameter import Parameter, secret_rows
+from pveplug.parameters_dr import dr_rows
 
 GROUPS: Final = {
     "general": "What to do",
@@ -20,45 +21,45 @@ GROUPS: Final = {
     "selection": "Which VMs and disks",
     "capture": "How the backup is taken",
     "restore": "Where a restore goes",
+    "dr": "Disaster recovery",
 }
 
-_LATER_MODES: Final = {
-    mode: f"mode={mode} comes with disaster recovery, which this version does not have"
-    for mode in (
-        "seed",
-        "receiver",
-        "failover-exec",
-        "failover-undo",
-        "failover-permanent",
-        "failback-pre",
-        "failback",
-        "failback-commit",
-        "failback-undo",
-        "test-failover",
-        "verify",
-        "status",
-    )
-} | {
-    "incremental": "mode=incremental is a replication cycle of disaster recovery, "
-    "which this version does not have; the level of a backup is Bacula's: "
-    "mode=backup here, Level = Incremental in the Job or Schedule",
+DR_MODES: Final = (
+    "seed",
+    "incremental",
+    "failover-exec",
+    "failover-test",
+    "failover-undo",
+    "failover-permanent",
+    "failback-pre",
+    "failback",
+    "failback-commit",
+    "failback-undo",
+    "status",
+)
+"""What disaster recovery can do; docs/dr.md."""
+_OTHER_MODES: Final = {
+    "receiver": "the receiver is a daemon of its own on the DR node, not a job: "
+    "podheitor-proxmox-receiver@NAME.service",
+    "test-failover": "it is called failover-test",
+    "verify": "each replication cycle verifies (verify_slice, verify_sample_blocks); "
+    "of restored files, `pveplug verify` does",
     **{
         level: f"{level} is a level, not a mode: write mode=backup here and "
         f"Level = {level.capitalize()} in Bacula's Job or Schedule"
         for level in ("full", "differential")
     },
 }
-_LATER_TYPES: Final = {
+_OTHER_TYPES: Final = {
     "backup": "must be full, incremental or differential; backup is a mode",
     **{
         mode: f"{mode} is a mode, not a level: backup_type names Bacula's level; "
-        "disaster recovery (mode=…) is not in this version"
-        for mode in ("seed", "receiver", "failover-exec", "failback-pre")
+        f"write mode={mode}"
+        for mode in DR_MODES
+        if mode != "incremental"
     },
 }
 _LATER_KEYS: Final = {
-    "dr_": "disaster recovery",
-    "verify_sample_blocks": "disaster recovery",
     "ir_": "instant recovery",
 }
 # What the values mean for another key that people try first.
@@ -77,88 +78,21 @@ _SYNONYMS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One key of the plug-in string, of the restore options, or of both."""
-
-    name: str
-    type: v.Type
-    default: Any
-    group: str
-    summary: str
-    detail: str = ""
-    modes: tuple[str, ...] = ("backup",)
-    restore_option: bool = False
-    """May be given at restore time: in bconsole's menu and in ``where=/@pve/…``."""
-    secret: bool = False
-    """The value itself is a secret: never shown, never in a message."""
-    default_text: str = ""
-    """What the manual says instead of a default that is found out at run time."""
-
-    def parse(self, text: str) -> Any:
-        """Return the value of ``text``.
-
-        Raises:
-            ConfigError: it has none; the text names the key, the value and the rule.
-        """
-        if not text:
-            raise ConfigError(
-                f"{self.name} has no value; leave the key out for its default",
-                key=self.name,
-            )
-        try:
-            return self.type.parse(text)
-        except ValueError as error:
-            shown = (
-                "" if self.secret else f"={text if text.isprintable() else ascii(text)}"
-            )
-            raise ConfigError(f"{self.name}{shown}: {error}", key=self.name) from None
-
-
-def _secret(name: str, what: str) -> Iterator[Parameter]:
-    yield Parameter(
-        name,
-        v.TEXT,
-        None,
-        "connection",
-        f"{what}, in the plug-in string itself",
-        "Works, and warns in each job: Bacula stores the plug-in string in the "
-        f"catalogue and on the volumes. Use {name}_file.",
-        secret=True,
-    )
-    yield Parameter(
-        f"{name}_file",
-        v.PATH,
-        None,
-        "connection",
-        f"file on the node that holds the {what}",
-        "One line; readable by its owner only (chmod 600), owned by root.",
-        restore_option=True,
-    )
-    yield Parameter(
-        f"{name}_cmd",
-        v.COMMAND,
-        None,
-        "connection",
-        f"program that prints the {what}",
-        "Run as root on the node without a shell, with LC_ALL=C, for at most 30 s. "
-        "Not available at restore time: who may restore may not thereby run programs.",
-    )
-
-
 def _rows() -> Iterator[Parameter]:
     yield Parameter(
         "mode",
-        v.choice("backup", later=_LATER_MODES),
+        v.choice("backup", *DR_MODES, later=_OTHER_MODES),
         "backup",
         "general",
         "which engine does the job",
         "Orthogonal to the level: Full, Incremental and Differential are Bacula's and "
-        "stand in the Job or Schedule.",
+        "stand in the Job or Schedule. All but backup are disaster recovery "
+        "(docs/dr.md): mode=incremental is a replication cycle, whatever Bacula's "
+        "level.",
     )
     yield Parameter(
         "backup_type",
-        v.choice("full", "incremental", "differential", later=_LATER_TYPES),
+        v.choice("full", "incremental", "differential", later=_OTHER_TYPES),
         None,
         "general",
         "the level you expect; only compared with Bacula's",
@@ -204,7 +138,7 @@ def _rows() -> Iterator[Parameter]:
         "root-only settings of a VM are left out of a restore and reported.",
         restore_option=True,
     )
-    yield from _secret("pve_token_secret", "secret of the API token")
+    yield from secret_rows("pve_token_secret", "secret of the API token")
     yield Parameter(
         "pve_user",
         v.USER,
@@ -213,7 +147,7 @@ def _rows() -> Iterator[Parameter]:
         "user with realm, as root@pam, instead of a token",
         restore_option=True,
     )
-    yield from _secret("pve_password", "password of pve_user")
+    yield from secret_rows("pve_password", "password of pve_user")
     yield Parameter(
         "pve_fingerprint",
         v.FINGERPRINTS,
@@ -535,6 +469,7 @@ def _restore_rows() -> Iterator[Parameter]:
         "restore_pool", v.POOL, None, "resource pool of the restored VM", "", "none"
     )
     yield row("restore_bwlimit", v.RATE, 0, "limit of writing", "", "0, none")
+    yield from dr_rows()
 
 
 PARAMETERS: Final[dict[str, Parameter]] = {row.name: row for row in _rows()}

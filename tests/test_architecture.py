@@ -36,11 +36,15 @@ LAYERS: Final = {
     "images": {"images"},
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {
-        *("config", "parameters", "pluginstring", "manual"),
-        "dr.receiver_config",
+        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        *("manual", "dr.receiver_config"),
     },
-    "chapters": {"source", "access", "restore_vm", "dr.failover"},
-    "engines": {"backup", "restore", "estimate", "verify", "dr.receiver"},
+    "chapters": {
+        *("source", "access", "restore_vm", "dr.failover", "dr.cycle", "dr.failback"),
+    },
+    "engines": {
+        *("backup", "restore", "estimate", "verify", "dr.receiver", "dr.sender"),
+    },
     "top": {
         "",
         "__main__",

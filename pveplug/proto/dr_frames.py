@@ -92,6 +92,7 @@ class Open(Json):
         points: how many restore points it wants kept.
         storage: DR storage for new disks, "" for the receiver's own default.
         target_vmid: id wanted for the replica VM; 0: the receiver chooses.
+        takeover: go on with a standby replica though its epoch is not known.
     """
 
     TYPE: ClassVar[int] = 16
@@ -106,6 +107,7 @@ class Open(Json):
     storage: str = ""
     bridge_map: str = ""
     target_vmid: int = 0
+    takeover: bool = False
     version: str = ""
 
 

@@ -72,8 +72,8 @@ async def test_an_unknown_mode_says_which_there_are(world: ErrorWorld) -> None:
     await all_fail(
         world,
         {
-            "mode=bakup vmid=100": "mode=bakup: must be backup",
-            "mode=seed vmid=100": "mode=seed comes with disaster recovery",
+            "mode=bakup vmid=100": "mode=bakup: must be one of backup",
+            "mode=seed vmid=100": "mode=seed needs dr_host, the receiver's",
         },
     )
 

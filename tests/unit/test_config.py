@@ -147,7 +147,16 @@ def test_a_yes_no_key_alone_means_yes():
         ("vmid=100 post_thaw_cmd=/x", "pre_freeze_cmd"),
         ("vmid=100 pve_token_secret_cmd=/x", "give one of them"),
         ("vmid=100 pve_password_file=/x", "pve_password_file needs pve_user"),
-        ("vmid=100 mode=seed", "comes with disaster recovery"),
+        ("vmid=100 mode=seed", "mode=seed needs dr_host"),
+        ("vmid=100 mode=incremental", "Level = Incremental in the Job"),
+        ("vmid=100 dr_host=b", "dr_host is for disaster recovery"),
+        ("vmid=100 mode=seed dr_host=b", "no credential for the receiver"),
+        ("vmid=100 mode=seed dr_host=b dr_auth_cert=/c", "mutual TLS needs"),
+        (
+            "vmid=100 mode=failover-exec dr_host=b dr_auth_token_file=/t "
+            "dr_unplanned dr_final_sync",
+            "dr_final_sync needs the source",
+        ),
     ],
 )
 def test_contradictions_and_gaps_are_explained(words, said):
