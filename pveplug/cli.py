@@ -20,6 +20,7 @@ from pveplug import (
     command_bitmaps,
     command_dr,
     command_repair,
+    command_replicas,
     command_verify,
 )
 from pveplug.config import level_warning, parse_backup, parse_restore, shown
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return command_dr.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
+            case "replicas":
+                return command_replicas.run(arguments)
             case "verify":
                 return command_verify.run(arguments)
     except ConfigError as error:
@@ -73,12 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def receiver_main(argv: Sequence[str] | None = None) -> int:
-    """Answer for ``podheitor-proxmox-receiver``, which this version lacks."""
-    sys.stderr.write(
-        "podheitor-proxmox-receiver: the receiver comes with disaster recovery, "
-        "which this version does not have\n"
-    )
-    return EX_UNAVAILABLE
+    """Run ``podheitor-proxmox-receiver`` and return its exit status."""
+    from pveplug.dr.receiver_main import main as receiver  # it brings much with it
+
+    return receiver(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     command_repair.add_parser(commands)
     command_verify.add_parser(commands)
     command_bitmaps.add_parser(commands)
+    command_replicas.add_parser(commands)
     command_dr.add_parser(commands)
     return parser
 

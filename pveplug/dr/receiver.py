@@ -81,6 +81,8 @@ from pveplug.tasks import to_the_end
 
 log = logging.getLogger(__name__)
 
+UNHELD: Final = frozenset({"status", "failover-test"})
+"""Modes whose session doesn't hold the replica: a test lets cycles in between."""
 SAY_LINES: Final = 1000
 """Lines kept for a sender that doesn't read them; the oldest go."""
 
@@ -197,19 +199,23 @@ class Back(Protocol):
 
 
 class Services(Protocol):
-    """What the DR site can do, apart from taking a cycle."""
+    """What the DR site can do; see :mod:`pveplug.dr.services`."""
 
-    def open(self, opening: Open) -> AbstractAsyncContextManager[Replica]:
+    def open(
+        self, opening: Open, say: Reporter
+    ) -> AbstractAsyncContextManager[Replica]:
         """Take a replica for this session alone; raises with a ``code``."""
 
-    async def act(self, replica: Any, command: Command, say: Reporter) -> Result:
-        """Do what a command says with the open replica."""
+    def look(self, opening: Open) -> State:
+        """Return what is known of a replica without taking it."""
+
+    async def act(
+        self, opening: Open, replica: Any | None, command: Command, say: Reporter
+    ) -> Result:
+        """Do what a command says; ``replica`` is None in a session that holds none."""
 
     def back(self, replica: Any) -> AbstractAsyncContextManager[Back]:
         """Serve the disks of a replica for a failback."""
-
-    async def status(self, uuid: str) -> Result:
-        """Tell of one replica, or of all; needs no lock."""
 
 
 class Meter(Protocol):
@@ -360,7 +366,7 @@ class Session:
                     *(self._at.value, told.code, told.text),
                 )
             self._meter.refused(told.code)
-            with contextlib.suppress(TransportError):
+            with contextlib.suppress(PveplugError):
                 await self._send(told)
 
     async def _abandon(self) -> None:
@@ -442,35 +448,32 @@ class Session:
 
     async def _open(self, opening: Open) -> None:
         self._opening = opening
-        if not opening.uuid or opening.mode == "status":
-            # Looked at only: never in the way of a session that works on it.
-            await self._send(State(link="", role="none", epoch=0))
+        if not opening.uuid or opening.mode in UNHELD:
+            # Never in the way of a session that works on the replica.
+            await self._send(await asyncio.to_thread(self._services.look, opening))
             return
         self._replica = await self._holding.enter_async_context(
-            self._services.open(opening)
+            self._services.open(opening, self._said)
         )
         log.info("session opened vmid=%d name=%s", opening.vmid, opening.name)
         await self._send(self._replica.state())
 
     async def _begin(self, describe: Describe) -> Ready:
         if self._replica is None:
-            raise RefusedError("protocol", "a cycle needs a replica: Open had no uuid")
+            raise RefusedError(
+                "protocol", f"a cycle in a session opened for {self._opening.mode!r}"
+            )
         ready: Ready = await self._replica.begin(describe, self._said)
         return ready
 
     async def _command(self, command: Command) -> None:
         await self._ending.aclose()
         self._back = None
-        if command.action == "status":
-            await self._send(await self._services.status(self._opening.uuid))
-            return
-        if self._replica is None:
-            raise RefusedError(
-                "protocol", f"{command.action} needs a replica: Open had no uuid"
-            )
         began = time.monotonic()
         log.info("command began action=%s", command.action)
-        result = await self._services.act(self._replica, command, self._said)
+        result = await self._services.act(
+            self._opening, self._replica, command, self._said
+        )
         if command.action == "failback":
             self._back = await self._ending.enter_async_context(
                 self._services.back(self._replica)

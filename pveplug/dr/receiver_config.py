@@ -54,6 +54,7 @@ class ReceiverConfig:
     key_file: str
     token_file: str
     ca_file: str
+    client_names: tuple[str, ...]
     pve_host: str
     pve_port: int
     pve_node: str
@@ -136,8 +137,6 @@ def parse_receiver(found: Mapping[str, Any], node: Node) -> ReceiverConfig:
         values[key.field] = _value(
             key, given.get(key.name, key.default if default is None else default)
         )
-    if not values["stage_dir"]:
-        values["stage_dir"] = f"{values['state_dir']}/stage"
     if not (values["token_file"] or values["ca_file"]):
         raise ConfigError(
             "neither auth.token_file nor auth.ca_file is set: nobody could be told "
@@ -264,6 +263,12 @@ def _map(value: Any) -> Mapped:
     return MAPPED.parse(text) if text else Mapped()
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of names in quotes")
+    return tuple(HOST.parse(_text(name)) for name in value)
+
+
 def _pins(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
@@ -291,6 +296,10 @@ KEYS: Final = (
     Key(
         *("auth.ca_file", "ca_file", "", _optional(_path)),
         "senders must also show a certificate of this CA, PEM",
+    ),
+    Key(
+        *("auth.client_names", "client_names", [], _names),
+        "DNS names of senders' certificates that need not resolve to their address",
     ),
     Key("pve.host", "pve_host", "127.0.0.1", _required(HOST.parse), "where PVE is"),
     Key("pve.port", "pve_port", 8006, _integer(1, _PORT_MAX), "its API's port"),
@@ -336,7 +345,7 @@ KEYS: Final = (
     ),
     Key(
         *("limits.stage_dir", "stage_dir", "", _optional(_path)),
-        "where increments wait until they are whole; empty: stage below state_dir",
+        "where increments wait until they are whole; empty: beside the records",
     ),
     Key(
         *("limits.keep_free_mib", "keep_free", 1024, _integer(0, 1 << 30, MiB)),

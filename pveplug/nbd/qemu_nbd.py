@@ -50,6 +50,7 @@ async def qemu_nbd(
     export: str = "",
     size: int | None = None,
     bitmap: str | None = None,
+    snapshot: str | None = None,
     shared: int = 4,
     start_s: float = START_S,
 ) -> AsyncIterator[UnixAddress]:
@@ -64,6 +65,7 @@ async def qemu_nbd(
         export: name of the export, "" for the default.
         size: for raw: serve only so many bytes of a larger volume (multiple of 512).
         bitmap: a qcow2's persistent bitmap to offer.
+        snapshot: serve this internal snapshot of a qcow2; read only.
         shared: connections at a time.
         start_s: bound of the start, opening the image included.
 
@@ -86,6 +88,8 @@ async def qemu_nbd(
     argv += _access(path, read_only)
     if bitmap is not None:
         argv.append(f"--bitmap={bitmap}")
+    if snapshot is not None:
+        argv.append(f"--load-snapshot=snapshot.name={snapshot}")
     argv += _image(path, fmt, size)
     process = await _start(argv)
     said = asyncio.create_task(_last_words(process), name="qemu-nbd stderr")

@@ -243,17 +243,19 @@ async def test_a_command_that_fails_ends_the_session():
     assert "begin" not in services.replica.calls
 
 
-@pytest.mark.parametrize(("uuid", "mode"), [("", "status"), ("6b1f", "status")])
-async def test_status_takes_no_replica(uuid, mode):
+@pytest.mark.parametrize(
+    ("uuid", "mode"), [("", "status"), ("6b1f", "status"), ("6b1f", "failover-test")]
+)
+async def test_status_and_a_test_hold_no_replica(uuid, mode):
     opening = f.Open(mode, uuid, 0, "", "", "")
-    peer, services = await led(opening, f.Command("status"), f.Bye())
-    assert peer.told[-1] == f.Result("status", 0, {"replicas": [uuid]})
+    peer, services = await led(opening, f.Command(mode), f.Bye())
+    assert peer.kinds() == ["State", "Say", "Result"]
     assert services.opened == 0
+    assert services.held == [False]
 
 
-@pytest.mark.parametrize("said", [DESCRIBE, f.Command("failover-exec")])
-async def test_without_a_replica_only_status_is_told(said):
-    peer, _ = await led(f.Open("status", "", 0, "", "", ""), said)
+async def test_a_cycle_needs_a_session_that_holds_the_replica():
+    peer, _ = await led(f.Open("status", "", 0, "", "", ""), DESCRIBE)
     assert peer.refusal.code == "protocol"
 
 

@@ -150,11 +150,12 @@ class FakeServices:
         self.back_ = FakeBack()
         self.opened = self.closed = 0
         self.acted: list[f.Command] = []
+        self.held: list[bool] = []
         self.fails: BaseException | None = None
         self.refuses: BaseException | None = None
 
     @contextlib.asynccontextmanager
-    async def open(self, opening: f.Open) -> AsyncIterator[FakeReplica]:
+    async def open(self, opening: f.Open, say: Reporter) -> AsyncIterator[FakeReplica]:
         if self.refuses:
             raise self.refuses
         self.opened += 1
@@ -163,8 +164,14 @@ class FakeServices:
         finally:
             self.closed += 1
 
-    async def act(self, replica: Any, command: f.Command, say: Reporter) -> f.Result:
+    def look(self, opening: f.Open) -> f.State:
+        return f.State("", "none", 0)
+
+    async def act(
+        self, opening: f.Open, replica: Any, command: f.Command, say: Reporter
+    ) -> f.Result:
         self.acted.append(command)
+        self.held.append(replica is not None)
         say.info(f"{command.action} begins")
         if self.fails:
             raise self.fails
@@ -176,9 +183,6 @@ class FakeServices:
             yield self.back_
         finally:
             self.back_.closed = True
-
-    async def status(self, uuid: str) -> f.Result:
-        return f.Result("status", 0, {"replicas": [uuid]})
 
 
 OPEN = f.Open("incremental", "6b1f", 100, "web", "site/pve1", "job.1", epoch=1)

@@ -39,7 +39,7 @@ def parsed(**tables) -> ReceiverConfig:
 def test_what_a_file_leaves_out_has_its_default():
     config = parsed()
     assert (config.name, config.bind, config.port) == ("main", "0.0.0.0", 9190)
-    assert config.stage_dir == "/var/lib/podheitor-proxmox/replicas/stage"
+    assert config.stage_dir == ""
     assert config.keep_free == 1024 * MiB
     assert config.sessions == 8
     assert config.pve_fingerprints == ()
@@ -80,6 +80,8 @@ def test_every_key_is_a_field_and_every_field_a_key():
         ({"state_dir": 1}, "state_dir must be a text in quotes"),
         ({"tls": {"cert": ""}}, "tls.cert must be an absolute path"),
         ({"auth": {"token_file": ""}}, "neither auth.token_file nor auth.ca_file"),
+        ({"auth": {"client_names": "x"}}, "auth.client_names must be a list of names"),
+        ({"auth": {"client_names": ["a b"]}}, "auth.client_names must be a host name"),
         ({"pve": {"token_id": "dr@pve"}}, "pve.token_id must be user@realm!token"),
         ({"pve": {"fingerprint": "AA"}}, "pve.fingerprint must be SHA-256"),
         ({"pve": {"fingerprint": 7}}, "pve.fingerprint must be a fingerprint"),
