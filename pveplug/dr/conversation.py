@@ -30,7 +30,7 @@ from pveplug.proto.dr_frames import (
 )
 from pveplug.proto.dr_wire import RawFrame
 
-_A = TypeVar("_A", Json, Digests)
+_A = TypeVar("_A", bound=Json | Digests)
 
 
 class ReceiverRefusedError(RequestError):

@@ -13,6 +13,7 @@ to be zero while it is read becomes a run of zeroes as well.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
@@ -159,6 +160,7 @@ class DiskSender:
         """
         await self._begin()
         self._progress.total = found.data_bytes
+        leaves = Leaves()
         async for window, theirs in replica_digests(
             self._talk, self._key, Range(0, self._client.size)
         ):
@@ -173,7 +175,7 @@ class DiskSender:
             )
             async with aclosing(self._slots(runs)) as slots:  # type: ignore[type-var]
                 async for slot in slots:
-                    for at, leaf in leaves_of(slot):
+                    for at, leaf in leaves.of(slot, self._client.size):
                         if leaf_digest(leaf) != theirs[at]:
                             await self._leaf(at, leaf)
         await self._end()
@@ -245,12 +247,40 @@ def _zeroes(length: int) -> bytes:
     return ZERO_DIGEST if length == LEAF else leaf_digest(bytes(length))
 
 
-def leaves_of(slot: Slot) -> Iterator[tuple[int, memoryview]]:
-    """Cut a slot that begins and ends at leaves into them."""
-    if slot.offset % LEAF:
-        raise IntegrityError(f"a read at {slot.offset} begins within a leaf")
-    for at in range(0, slot.length, LEAF):
-        yield slot.offset + at, slot.view[at : min(at + LEAF, slot.length)]
+class Leaves:
+    """Cuts slots, as they come in order, into whole leaves.
+
+    A server with small or odd blocks gives slots that end within one: it is collected.
+    """
+
+    def __init__(self) -> None:
+        self._part = bytearray()
+        self._at = 0
+
+    def of(self, slot: Slot, end: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield the leaves that this slot completes; valid until the next one.
+
+        Args:
+            end: where the disk ends, and so its last leaf.
+        """
+        at = 0
+        while at < slot.length:
+            offset = slot.offset + at
+            begin = round_down(offset, LEAF)
+            stop = min(begin + LEAF, end)
+            length = min(stop - offset, slot.length - at)
+            piece = slot.view[at : at + length]
+            at += length
+            if length == stop - begin:
+                yield offset, piece
+                continue
+            if offset == begin:
+                self._part, self._at = bytearray(), begin
+            if self._at + len(self._part) != offset:
+                raise IntegrityError(f"a read at {offset} begins within a leaf")
+            self._part += piece
+            if offset + length == stop:
+                yield begin, memoryview(self._part)
 
 
 class Theirs:
@@ -302,12 +332,12 @@ async def check_slice(
     Raises: as :meth:`DiskSender.changes`.
     """
     mended = []
-    reader = OrderedReader(client)
+    reader, leaves = OrderedReader(client), Leaves()
     async for window, theirs in replica_digests(talk, key, part):
         runs = [(window.offset, window.length)]
         async with aclosing(reader.read(runs)) as slots:  # type: ignore[type-var]
             async for slot in slots:
-                for at, leaf in leaves_of(slot):
+                for at, leaf in leaves.of(slot, client.size):
                     if leaf_digest(leaf) != theirs[at]:
                         await talk.send(Block(number, at, leaf))
                         mended.append(at)
@@ -324,7 +354,8 @@ async def check_samples(
     await talk.send(AskSamples(key, offsets))
     own = []
     for at in offsets:
-        own.append(fnv1a_64(await client.read(at, min(LEAF, client.size - at))))
+        leaf = await client.read(at, min(LEAF, client.size - at))
+        own.append(await asyncio.to_thread(fnv1a_64, leaf))
     answer = await talk.answer(Samples)
     if answer.key != key or len(answer.values) != len(offsets):
         raise RemoteProtocolError(

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from pveplug.config import Capture, Replication
 from pveplug.dr.conversation import Conversation
-from pveplug.dr.delta import WINDOW, Range
+from pveplug.dr.delta import WINDOW, Leaves, Range
 from pveplug.dr.stage import StageWriter, frames, verify
 from pveplug.errors import IntegrityError, JobError, PveplugError, RemoteProtocolError
 from pveplug.events import Reporter
@@ -36,7 +36,7 @@ from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.nbd.sink import NbdSink
 from pveplug.nbd.source import OrderedReader
 from pveplug.node import Node
-from pveplug.proto.dr_digest import leaf_digests
+from pveplug.proto.dr_digest import leaf_digest
 from pveplug.proto.dr_frames import (
     MAX_BLOCK,
     Block,
@@ -132,7 +132,9 @@ class Failback:
             )
             if phase == KEPT:
                 # What was staged then may be old by now: from the beginning.
-                self._say.info(f"VM {self._vm.vmid}: a cut failback is taken back first")
+                self._say.info(
+                    f"VM {self._vm.vmid}: a cut failback is taken back first"
+                )
                 await self._apply(self._old, journal)
             sent = await self._stage(journal)
             await self._apply(self._new, journal)
@@ -182,7 +184,7 @@ class Failback:
                 self._note(STAGED)
                 old = await StageWriter.create(self._old, {}, keep_free=KEEP_FREE)
                 numbered = list(clients.values())
-                async with aclosing(frames(self._new)) as coming:  # type: ignore[type-var]
+                async with aclosing(frames(self._new)) as coming:
                     async for frame in coming:
                         await _keep(frame, numbered[frame.number], old)
                 await old.finish()
@@ -200,14 +202,15 @@ class Failback:
     ) -> None:
         """Take what differs of one disk."""
         await self._talk.send(SendBack(number, key, client.size))
-        reader = OrderedReader(client)
+        reader, leaves = OrderedReader(client), Leaves()
         for start in range(0, client.size, WINDOW):
             window = Range(start, min(WINDOW, client.size - start))
             digests = bytearray()
             runs = [(window.offset, window.length)]
             async with aclosing(reader.read(runs)) as slots:  # type: ignore[type-var]
                 async for slot in slots:
-                    digests += leaf_digests(slot.view)
+                    for _, leaf in leaves.of(slot, client.size):
+                        digests += leaf_digest(leaf)
             await self._talk.send(Digests(number, window.offset, digests))
             await self._take(number, window, stage)
 
@@ -243,7 +246,7 @@ class Failback:
                 await stack.enter_async_context(NbdSink(client))
                 for client in clients.values()
             ]
-            async with aclosing(frames(path)) as coming:  # type: ignore[type-var]
+            async with aclosing(frames(path)) as coming:
                 async for frame in coming:
                     sink = sinks[frame.number]
                     if isinstance(frame, Zero):

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring two programs side by side, fairly enough to believe the ratio.
+
+Both are whole processes, run alternately in one run after a round that only warms up;
+what is compared is the median. Of each side's whole process tree the CPU time and the
+peak of resident memory are taken, and the spread is shown: where it is wide, the
+machine was busy and the number says little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer, as it stands in the JSON."""
+
+    row: str
+    name: str
+    ratio: float
+    at_least: float | None
+    at_most: float | None
+    ok: bool
+    mb_s: float | None
+    yardstick_mb_s: float | None
+    cpu_s_per_gib: float | None
+    rss_mib: float | None
+
+
+@dataclass
+class Side:
+    """What the rounds of one program gave."""
+
+    seconds: list[float]
+    cpu: list[float]
+    rss_mib: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> str:
+        return f"{min(self.seconds):.2f}-{max(self.seconds):.2f} s"
+
+
+Start = Callable[[], Sequence[str]]
+"""Returns the command of one round."""
+
+
+def compare(
+    ours: Start,
+    yardstick: Start,
+    *,
+    rounds: int = 5,
+    between: Callable[[], None] = lambda: None,
+    watch: Callable[[], Sequence[int]] = lambda: (),
+) -> tuple[Side, Side]:
+    """Run both alternately; return what they took, the warm-up left out.
+
+    Args:
+        between: called before each command, to put things back.
+        watch: further processes (servers) whose CPU and memory belong to our side.
+    """
+    sides = Side([], []), Side([], [])
+    for number in range(rounds + 1):
+        for side, start, more in zip(
+            sides, (ours, yardstick), (watch, lambda: ()), strict=True
+        ):
+            between()
+            seconds, cpu, rss = run(start(), more())
+            if number:
+                side.seconds.append(seconds)
+                side.cpu.append(cpu)
+                side.rss_mib = max(side.rss_mib, rss)
+    return sides
+
+
+def run(argv: Sequence[str], more: Sequence[int] = ()) -> tuple[float, float, float]:
+    """Run a command; return seconds, CPU seconds and peak MiB of its process tree."""
+    before = sum(_cpu_of(pid) for pid in more)
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    peak = _Peak([process.pid, *more])
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+    finally:
+        peak.stop()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(argv)} ended with {process.returncode}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return seconds, cpu + sum(_cpu_of(pid) for pid in more) - before, peak.mib
+
+
+class _Peak:
+    """Looks every 20 ms at the memory of processes and all below them."""
+
+    def __init__(self, roots: list[int]) -> None:
+        self.mib = 0.0
+        self._roots = roots
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            pages = sum(_resident(pid) for root in self._roots for pid in _tree(root))
+            self.mib = max(self.mib, pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def _tree(root: int) -> Iterator[int]:
+    yield root
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{root}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from _tree(int(child))
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def _cpu_of(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def throughput(
+    row: str,
+    name: str,
+    size: int,
+    sides: tuple[Side, Side],
+    *,
+    at_least: float,
+) -> Row:
+    """Make and say a row where more is better; ``size`` in bytes."""
+    ours, theirs = sides
+    ratio = theirs.median / ours.median
+    speeds = [size / 1e6 / side.median for side in sides]
+    cpu = statistics.median(ours.cpu) * 2**30 / size
+    say(
+        f"{row:>12} {name}: {ratio:.2f} (at least {at_least}); ours "
+        f"{speeds[0]:.0f} MB/s ({ours.spread}), yardstick {speeds[1]:.0f} MB/s "
+        f"({theirs.spread}); {cpu:.2f} s CPU/GiB, {ours.rss_mib:.0f} MiB"
+    )
+    return Row(
+        *(row, name, round(ratio, 3), at_least, None, ratio >= at_least),
+        *(round(speeds[0], 1), round(speeds[1], 1), round(cpu, 3)),
+        round(ours.rss_mib, 1),
+    )
+
+
+def bounded(
+    row: str,
+    name: str,
+    value: float,
+    at_most: float,
+    *,
+    rss_mib: float | None = None,
+    unit: str = "",
+) -> Row:
+    """Make and say a row where less is better."""
+    say(f"{row:>12} {name}: {value:.3g}{unit} (at most {at_most}{unit})")
+    return Row(
+        *(row, name, round(value, 3), None, at_most, value <= at_most),
+        *(None, None, None, None if rss_mib is None else round(rss_mib, 1)),
+    )
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def say_machine() -> None:
+    """Print what the numbers were measured on."""
+    say(f"$ {' '.join(sys.argv)}")
+    say(
+        f"{platform.platform()}, {os.cpu_count()} CPUs, Python "
+        f"{platform.python_version()}"
+    )
+    for program in ("qemu-nbd", "nbdcopy", "nbdkit"):
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            said = subprocess.run(
+                [program, "--version"], capture_output=True, text=True, check=True
+            )
+            say(said.stdout.splitlines()[0])
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        say(f"load {load:.1f}: this machine is busy, and the numbers say little")
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows as a list of objects, without the bounds they don't have."""
+    values: list[dict[str, Any]] = [
+        {key: value for key, value in asdict(row).items() if value is not None}
+        for row in rows
+    ]
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def serving(argv: Sequence[str], socket: Path) -> Iterator[int]:
+    """Run an NBD server until the block ends; yields its pid."""
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    try:
+        while not socket.exists():
+            if process.poll() is not None:
+                raise SystemExit(f"{argv[0]} did not start")
+            time.sleep(0.01)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def full_image(path: Path, size: int, *, compressible: bool = False) -> None:
+    """Write a raw image without a hole."""
+    piece = (b"pveplug!" * 8192 if compressible else os.urandom(1 << 16)) * 16
+    with path.open("wb") as file:
+        for number in range(size >> 20):
+            file.write(number.to_bytes(8, "big") + piece[8:])
