@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from pveplug.journal import own_vm
 from pveplug.node import load_node
-from tests.lab import lifecycle
+from tests.lab import snapshots
 from tests.lab.bacula import JobResult
 from tests.lab.vm import LabVm
 from tests.support.error_jobs import (
@@ -130,7 +130,7 @@ async def test_changes_are_tracked_through_a_stop_and_not_through_a_kill(
 
 
 async def roll_back(world: ErrorWorld, vm: LabVm, name: str) -> None:
-    await lifecycle.rollback(world.site, vm.node, vm.vmid, name, start=False)
+    await snapshots.rollback(world.site, vm.node, vm.vmid, name)
 
 
 async def test_a_vm_with_snapshots_is_rolled_back_after_its_bitmaps_were_dropped(
@@ -146,7 +146,7 @@ async def test_a_vm_with_snapshots_is_rolled_back_after_its_bitmaps_were_dropped
     await ledger.some(20)
     full = await world.run(name, "Full")
     at_snapshot = ledger.state(ledger.count)
-    await lifecycle.snapshot(site, vm.node, 110, "before", "")
+    await snapshots.create(site, vm.node, 110, "before", "")
     await ledger.some(20)
     first = await world.run(name, "Incremental")
     warned(

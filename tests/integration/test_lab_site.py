@@ -7,13 +7,11 @@ import asyncio
 import re
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
 from pveplug.node import load_node
@@ -22,6 +20,7 @@ from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from tests.lab.site import Site, short_base
 from tests.support.requires import QEMU_7, requires_file
+from tests.support.stranger import Client, program, root
 
 pytestmark = pytest.mark.integration
 
@@ -30,74 +29,6 @@ pytestmark = pytest.mark.integration
 async def site() -> AsyncIterator[Site]:
     async with Site(short_base()) as made:
         yield made
-
-
-class Client:
-    """As much of an API client as a stranger would write."""
-
-    def __init__(self, site: Site, headers: dict[str, str] | None = None) -> None:
-        self.site = site
-        self.headers = headers
-        if headers is None:
-            self.headers = {"Authorization": f"PVEAPIToken={site.token}"}
-        pin = bytes.fromhex(site.fingerprint.replace(":", ""))
-        self._ssl = aiohttp.Fingerprint(pin)
-
-    async def __call__(
-        self, method: str, path: str, **data: Any
-    ) -> tuple[int, str, Any]:
-        """Return status, text (``message`` or reason) and the body."""
-        url = f"{self.site.url}/api2/json{path}"
-        async with (
-            aiohttp.ClientSession(headers=self.headers) as session,
-            session.request(method, url, ssl=self._ssl, data=data or None) as answer,
-        ):
-            body = await answer.json(content_type=None)
-            text = body.get("message", answer.reason).rstrip("\n")
-            if answer.status != 200:
-                assert " ".join(text.split()) == answer.reason
-            return answer.status, text, body
-
-    async def task(self, method: str, path: str, **data: Any) -> str:
-        """Start a task and return its exit status."""
-        status, text, body = await self(method, path, **data)
-        assert status == 200, text
-        upid = body["data"]
-        where = f"/nodes/{upid.split(':')[1]}/tasks/{upid}"
-        for _ in range(1200):
-            state = (await self("GET", f"{where}/status"))[2]["data"]
-            if state["status"] == "stopped":
-                log = (await self("GET", f"{where}/log?limit=0"))[2]["data"]
-                expected = state["exitstatus"]
-                good = expected == "OK" or expected.startswith("WARNINGS")
-                mark = "TASK " if good else "TASK ERROR: "
-                assert log[-1]["t"] == mark + expected
-                return str(expected)
-            await asyncio.sleep(0.05)
-        raise AssertionError(f"{upid} does not end")
-
-
-def root(site: Site) -> Client:
-    """A client with root's ticket."""
-    ticket = site.auth.ticket("root@pam", site.root_password)
-    return Client(
-        site,
-        {
-            "Cookie": f"PVEAuthCookie={ticket['ticket']}",
-            "CSRFPreventionToken": ticket["CSRFPreventionToken"],
-        },
-    )
-
-
-async def program(site: Site, name: str, *argv: str) -> tuple[int, str]:
-    """Run one of the node's programs; return status and all it said."""
-    process = await asyncio.create_subprocess_exec(
-        str(site.root / "usr/sbin" / name), *argv,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode()
 
 
 async def test_errors_have_the_texts_pve_has(site: Site) -> None:
@@ -231,10 +162,11 @@ async def test_errors_have_the_texts_pve_has(site: Site) -> None:
     await says(
         api, 500, locked, "POST", f"{one}/move_disk", disk="scsi0", storage="local2"
     )
-    await says(api, 500, locked, "PUT", f"{one}/resize", disk="scsi0", size="+1M")
-    await says(api, 500, locked, "DELETE", one)
+    grow = {"disk": "scsi0", "size": "+1M"}
+    assert await api.task("PUT", f"{one}/resize", **grow) == locked
+    assert await api.task("DELETE", one) == locked
     assert await api.task("POST", f"{one}/status/start") == locked
-    assert await api.task("POST", f"{one}/snapshot", snapname="a") == locked
+    assert await api.task("POST", f"{one}/snapshot", snapname="aa") == locked
     status, said, _ = await admin("PUT", put, delete="lock", skiplock="1")
     assert (status, said) == (200, "OK")
 
@@ -480,6 +412,8 @@ async def test_rollback_goes_back_and_gives_a_new_generation(site: Site) -> None
     await vm.qemu_io("scsi0", "write -P 5 0 64k")
     generation = vm.conf.values["vmgenid"]
     assert await api.task("POST", f"{one}/snapshot/before/rollback", start="1") == "OK"
+    started = next(t for t in site.tasks.all.values() if t.type == "qmstart")
+    await site.tasks.wait(started.upid)
     await vm.qemu_io("scsi0", "read -P 0 0 64k")
     assert vm.conf.values["vmgenid"] != generation
     assert vm.conf.values["parent"] == "before"

@@ -10,7 +10,7 @@ from .configops import check_digest, check_lock
 from .errors import bad_params, die
 from .http import Call, route
 from .tasks import Task, Work
-from .vmconfig import VmConf
+from .vmconfig import DRIVE, VmConf
 
 QEMU = "/nodes/{node}/qemu"
 VM = "/nodes/{node}/qemu/{vmid}"
@@ -66,8 +66,9 @@ async def create(call: Call) -> Any:
 async def destroy(call: Call) -> Any:
     _root_only(call, "skiplock")
     site, node, vmid = call.site, call.node, call.vmid
-    skiplock = bool(call.params.get("skiplock"))
-    lifecycle.require_destroyable(site, node, vmid, skiplock)
+    skiplock, purge = bool(call.params.get("skiplock")), bool(call.params.get("purge"))
+    # Only these two are known before the task; a running VM too, a lock is not.
+    lifecycle.require_destroyable(site, node, vmid, True, purge)
 
     async def work(task: Task) -> None:
         await lifecycle.destroy_vm(
@@ -75,6 +76,8 @@ async def destroy(call: Call) -> Any:
             node,
             vmid,
             skiplock=skiplock,
+            purge=purge,
+            task=task,
             unreferenced=bool(call.params.get("destroy-unreferenced-disks")),
         )
 
@@ -93,9 +96,13 @@ async def config(call: Call) -> Any:
         for key in conf.pending_delete:
             values.pop(key, None)
         values |= conf.pending
-    if "cipassword" in values:
-        values["cipassword"] = "**********"
-    return {**{k: _number(k, v) for k, v in values.items()}, "digest": conf.digest}
+    return {**config_row(values), "digest": conf.digest}
+
+
+def config_row(values: dict[str, str]) -> dict[str, Any]:
+    """A configuration as JSON; a password is never told."""
+    hidden = {"cipassword": "**********"} if "cipassword" in values else {}
+    return {key: _number(key, value) for key, value in (values | hidden).items()}
 
 
 def _number(key: str, value: str) -> Any:
@@ -333,14 +340,20 @@ async def move_disk(call: Call) -> Any:
 )
 async def resize(call: Call) -> Any:
     _root_only(call, "skiplock")
-    conf = conf_of(call)
-    check_digest(conf, call.params.get("digest"))
-    check_lock(conf)
-    lifecycle.known_drive(conf, call.params["disk"])
-    disk, size = call.params["disk"], call.params["size"]
+    if not DRIVE.fullmatch(call.params["disk"]):
+        raise bad_params(disk="value does not have a value in the enumeration")
 
     async def work(task: Task) -> None:
-        await lifecycle.resize(call.site, call.node, call.vmid, disk, size)
+        await lifecycle.resize(
+            call.site,
+            call.node,
+            call.vmid,
+            call.params["disk"],
+            call.params["size"],
+            user=call.user,
+            digest=call.params.get("digest"),
+            skiplock=bool(call.params.get("skiplock")),
+        )
 
     return start_task(call, "resize", work)
 

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from .errors import ApiError, forbidden
 
@@ -61,6 +61,48 @@ def product_acl(release: str) -> dict[str, set[str]]:
     }
 
 
+def receiver_acl(release: str) -> dict[str, set[str]]:
+    """The least the token of a receiver of replicas needs, on the site it writes to.
+
+    ==========================  =====================================================
+    ``/vms`` (or ``/pool/P``)   what for
+    ==========================  =====================================================
+    VM.Audit                    configurations, lists, status, features, snapshots
+    VM.Allocate                 make and destroy replicas and the clones of a test
+    VM.Config.Disk CDROM CPU    what a replica's configuration holds; Disk also takes
+    Memory Network HWType       a disk in, out (``unusedN``), frees it and grows it
+    Options Cloudinit
+    VM.PowerMgmt                failover, tests, back to standby
+    VM.Snapshot                 restore points: take, delete and go back to them, so
+                                that VM.Snapshot.Rollback isn't needed beside it
+    VM.Clone                    an older restore point is tested as a full clone
+    VM.GuestAgent.Audit         ping: has the guest booted (8.4: VM.Monitor)
+    --------------------------  -----------------------------------------------------
+    ``/storage/S``              Datastore.AllocateSpace (make, grow and free volumes),
+                                Datastore.Audit. Not Datastore.Allocate: volumes are
+                                freed through a configuration (``delete=unusedN``)
+    ``/sdn/zones/localnetwork`` SDN.Use: NICs, and clones of what has NICs
+    ==========================  =====================================================
+
+    Left out on purpose: VM.Backup, VM.Migrate, VM.Console, VM.GuestAgent.Unrestricted
+    (programs in the guest), Sys.Modify (``startup`` is not carried over), Permissions.
+    What no token has: remove a ``lock`` (``qm unlock`` as root on the node), set
+    ``vmgenid``, ``args``, ``hookscript``. A privilege given on ``/vms/ID`` itself is
+    gone once that VM is destroyed: give it on ``/vms`` or on a pool.
+    """
+    config = "Disk CDROM CPU Memory Network HWType Options Cloudinit"
+    agent = "VM.GuestAgent.Audit" if release.startswith("9") else "VM.Monitor"
+    return {
+        "/vms": {
+            *("VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Snapshot", "VM.Clone"),
+            *(f"VM.Config.{name}" for name in config.split()),
+            agent,
+        },
+        "/storage": {"Datastore.AllocateSpace", "Datastore.Audit"},
+        "/sdn/zones/localnetwork": {"SDN.Use"},
+    }
+
+
 class Auth:
     """Who may do what; ``clock`` can be moved to let tickets expire."""
 
@@ -70,6 +112,7 @@ class Auth:
         self.tokens: dict[str, str] = {}
         self.acl: dict[str, dict[str, set[str]]] = {}
         self.clock_offset_s = 0.0
+        self.pool_of: Callable[[int], str | None] = lambda vmid: None
         self._key = secrets.token_bytes(16)
 
     def now(self) -> float:
@@ -94,6 +137,11 @@ class Auth:
         self.acl[token_id] = self._checked(acl)
         secret = self.tokens.setdefault(token_id, _uuid())
         return secret
+
+    def forget(self, path: str) -> None:
+        """Remove everybody's privileges on a path that is gone."""
+        for acl in self.acl.values():
+            acl.pop(path, None)
 
     def _checked(self, acl: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
         result = {path: set(privs) for path, privs in acl.items()}
@@ -158,8 +206,16 @@ class Auth:
             return set(self.known)
         if "!" in user:
             owner = self.privileges(user.split("!")[0], path)
-            return self._nearest(user, path) & owner
-        return self._nearest(user, path)
+            return self._with_pool(user, path) & owner
+        return self._with_pool(user, path)
+
+    def _with_pool(self, user: str, path: str) -> set[str]:
+        """A member of a pool has the pool's privileges beside its own path's."""
+        have = self._nearest(user, path)
+        vmid = path.removeprefix("/vms/")
+        if vmid.isdigit() and (pool := self.pool_of(int(vmid))):
+            have |= self._nearest(user, f"/pool/{pool}")
+        return have
 
     def _nearest(self, user: str, path: str) -> set[str]:
         acl = self.acl.get(user, {})

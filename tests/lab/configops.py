@@ -4,22 +4,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import secrets
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hotplug
 from .cmdline import EFI_SIZE
-from .errors import bad_params, die
+from .errors import ApiError, bad_params, die
 from .permissions import check_bridge, check_key, check_volume, new_volume
 from .schema import config_type
 from .storage import copy_image, run
 from .tasks import Task
-from .vmconfig import DRIVE, UNUSED, Drive, VmConf, add_unused, parse_props
+from .vmconfig import (
+    DRIVE,
+    UNUSED,
+    Drive,
+    VmConf,
+    add_unused,
+    drives_of,
+    parse_props,
+    unused_volume,
+)
 
 if TYPE_CHECKING:
     from .site import LabNode, Site
@@ -161,12 +172,14 @@ async def create(
     elif not pool:
         site.auth.check(user, f"/vms/{vmid}", "VM.Allocate")
     if start and site.release.startswith("9"):
-        site.auth.check(user, f"/vms/{vmid}", "VM.PowerMgmt")
+        with _as_member(site, pool, vmid):
+            site.auth.check(user, f"/vms/{vmid}", "VM.PowerMgmt")
     if pool and pool not in site.pools:
         raise die(f"pool '{pool}' does not exist")
     if default and default not in node.storages:
         raise die(f"storage '{default}' does not exist")
-    check_permissions(site, node, user, vmid, values)
+    with _as_member(site, pool, vmid):
+        check_permissions(site, node, user, vmid, values)
     if other := site.find(vmid):
         raise die(
             f"unable to create VM {vmid} - VM {vmid} already exists on node "
@@ -212,12 +225,27 @@ async def create(
     )
 
 
+@contextlib.contextmanager
+def _as_member(site: Site, pool: str | None, vmid: int) -> Iterator[None]:
+    """Judge a VM that is about to be made by the pool it will be in."""
+    members = site.pools.get(pool or "", set())
+    before = vmid in members
+    members.add(vmid)
+    try:
+        yield
+    finally:
+        if not before:
+            members.discard(vmid)
+
+
 def finish_new(site: Site, values: dict[str, str]) -> None:
     """Give a new VM what PVE gives it: uuid, generation id, MACs, meta."""
     smbios = parse_props(values.get("smbios1", ""), "uuid")
     smbios.setdefault("uuid", str(uuid.uuid4()))
     first = {"uuid": smbios.pop("uuid")}
     values["smbios1"] = ",".join(f"{k}={v}" for k, v in {**first, **smbios}.items())
+    if "tags" in values:
+        values["tags"] = unique_tags(values["tags"])
     if values.get("vmgenid", "1") == "1":
         values["vmgenid"] = str(uuid.uuid4())
     version = ".".join(map(str, site.qemu_version))
@@ -271,8 +299,13 @@ async def update(
         for key in revert or []:
             conf.pending.pop(key, None)
             conf.pending_delete.pop(key, None)
+        errors: dict[str, str] = {}
         for key in delete:
-            await _delete(site, node, user, vmid, conf, key, live=live, force=force)
+            said = await _delete(
+                site, node, user, vmid, conf, key, live=live, force=force
+            )
+            if said:
+                errors[key] = f"unable to apply pending change {key} : {said}\n"
         made: list[str] = []
         try:
             for key, value in values.items():
@@ -282,6 +315,8 @@ async def update(
                 await asyncio.to_thread(node.storage_of(volid).free, volid)
             raise
         site.save(node, vmid, conf)
+        if errors:
+            raise bad_params(**errors)
 
 
 async def _set(
@@ -297,6 +332,8 @@ async def _set(
 ) -> None:
     if re.fullmatch(r"net\d+", key):
         value = with_mac(value)
+    if key == "tags":
+        value = unique_tags(value)
     if UNUSED.fullmatch(key):
         volid = parse_props(value, "file")["file"]
         conf.values[key] = volid
@@ -337,52 +374,94 @@ async def _delete(
     *,
     live: bool,
     force: bool,
-) -> None:
+) -> str:
+    """Delete one key; return why the change stays pending, if it does."""
     conf.pending.pop(key, None)
     if key not in conf.values:
-        return
+        return ""
+    protected = conf.values.get("protection") == "1"
     if UNUSED.fullmatch(key):
-        volid = parse_props(conf.values[key], "file")["file"]
+        volid = unused_volume(conf.values[key])
+        if protected:
+            raise die(f"can't remove unused disk '{volid}' - protection mode enabled")
         await free_volume(site, node, user, vmid, conf, volid, key)
         del conf.values[key]
-        return
+        return ""
     if DRIVE.fullmatch(key):
-        drive = Drive.parse(key, conf.values[key])
-        if conf.values.get("protection") == "1" and not drive.cdrom:
-            raise die(f"can't remove unused disk '{key}' - protection mode enabled")
-        if live:
-            if drive.interface == "scsi" and not drive.cdrom:
-                await hotplug.unplug(site.machine(vmid, node), conf, drive)
-            else:
-                conf.pending_delete[key] = 2 if force else 1
-                return
-        del conf.values[key]
-        if drive.volume and not drive.cdrom:
-            if force:
-                await free_volume(site, node, user, vmid, conf, drive.file, key)
-            else:
-                add_unused(conf.values, drive.file)
-        return
+        return await _delete_drive(site, node, user, vmid, conf, key, live, force)
+    if re.fullmatch(r"net\d+", key):
+        check_bridge(site.auth, user, conf.values[key])
     if live and not AT_ONCE.fullmatch(key):
         conf.pending_delete[key] = 2 if force else 1
     else:
         del conf.values[key]
+    return ""
+
+
+async def _delete_drive(
+    site: Site,
+    node: LabNode,
+    user: str,
+    vmid: int,
+    conf: VmConf,
+    key: str,
+    live: bool,
+    force: bool,
+) -> str:
+    drive = Drive.parse(key, conf.values[key])
+    if conf.values.get("protection") == "1":
+        raise die(f"can't remove drive '{key}' - protection mode enabled")
+    boot = parse_props(conf.values.get("boot", ""), "legacy")
+    order = [name for name in boot.get("order", "").split(";") if name]
+    if key in order:
+        left = [name for name in order if name != key]
+        conf.values["boot"] = "order=" + ";".join(left)
+    if live:
+        if drive.interface == "scsi" and not drive.cdrom:
+            await hotplug.unplug(site.machine(vmid, node), conf, drive)
+        else:
+            conf.pending_delete[key] = 2 if force else 1
+            return ""
+    if drive.volume and not drive.cdrom:
+        if not force:
+            add_unused(conf.values, drive.file)
+        else:
+            try:
+                await free_volume(site, node, user, vmid, conf, drive.file, key)
+            except ApiError as error:
+                conf.pending_delete[key] = 2
+                return error.message
+    del conf.values[key]
+    return ""
 
 
 async def free_volume(
     site: Site, node: LabNode, user: str, vmid: int, conf: VmConf, volid: str, key: str
 ) -> None:
-    """Free a volume the VM owns, as removing ``unusedN`` does."""
+    """Free a volume the VM owns, as removing ``unusedN`` does.
+
+    Raises:
+        ApiError: a drive or a snapshot still uses it.
+    """
     storage = node.storages.get(volid.partition(":")[0])
-    if storage is None or not storage.exists(volid):
+    if storage is None or storage.owner(volid) != vmid:
         return
     site.auth.check(user, f"/storage/{storage.name}", "Datastore.AllocateSpace")
     others = {k: v for k, v in conf.values.items() if k != key}
-    if storage.owner(volid) == vmid and not any(
-        volid in VmConf(values=body).volumes()
+    if any(
+        volid == drive.file
         for body in (others, *conf.snapshots.values())
+        for drive in drives_of(body)
+        if not drive.cdrom
     ):
+        raise die(f"unable to delete '{volid}' - volume is still in use (snapshot?)")
+    if storage.exists(volid):
         await asyncio.to_thread(storage.free, volid)
+
+
+def unique_tags(text: str) -> str:
+    """Tags as PVE writes them: lower case, in order, each once."""
+    return ";".join(sorted({tag.lower() for tag in re.split(r"[;,\s]+", text) if tag}))
 
 
 def apply_pending(conf: VmConf) -> None:

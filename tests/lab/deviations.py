@@ -15,7 +15,9 @@ VNC, VGA, USB, boot splash      none: less memory, quicker boot
 system has no O_DIRECT
 pve-q35-4.0.cfg, firmware       bridges by ``-device``, Debian's OVMF
 ``pc+pve0``, ``-id``            ``pc``, none: stock QEMU knows neither
-QEMU built without file locks   ``locking=off`` on every file
+QEMU built without file locks   ``locking=off`` on every file of a VM
+qemu-img, qemu-nbd without      with: two programs on one image are an error here,
+file locks                      and an image lost in silence there
 no serial port                  ``isa-serial`` into ``log/ID.serial``
 ==============================  ====================================================
 """

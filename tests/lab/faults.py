@@ -50,6 +50,8 @@ class Faults:
         """False: every write of the cluster file system fails."""
         self.gate: Callable[[str], Awaitable[None]] | None = None
         """Awaited with ``METHOD path`` before anything is done."""
+        self.copy_gate: Callable[[str], Awaitable[None]] | None = None
+        """Awaited with the source's id before each disk of a clone is copied."""
 
     def fail_next(
         self, method: str, path_regex: str, status: int, message: str, *, times: int = 1
@@ -116,6 +118,11 @@ class Faults:
                 elif work.message:
                     raise die(work.message)
                 return
+
+    async def before_copy(self, task: Task) -> None:
+        """Wait, if a test holds the copying of a clone's disks."""
+        if self.copy_gate:
+            await self.copy_gate(task.id)
 
     def require_quorum(self) -> None:
         if not self.quorum:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import hotplug
 from .cmdline import Volume
-from .configops import apply_pending, check_lock, human_size
-from .errors import bad_params, die
+from .configops import apply_pending, check_digest, check_lock, human_size
+from .errors import ApiError, bad_params, die
 from .relay import QmpRefused
-from .storage import copy_image, run
+from .storage import copy_image
 from .tasks import Task
 from .vmconfig import DRIVE, Drive, VmConf, add_unused
 
@@ -98,13 +98,15 @@ async def require_agent(site: Site, node: LabNode, vmid: int) -> None:
         raise die("QEMU guest agent is not running")
 
 
-def require_destroyable(site: Site, node: LabNode, vmid: int, skiplock: bool) -> None:
+def require_destroyable(
+    site: Site, node: LabNode, vmid: int, skiplock: bool, purge: bool = False
+) -> None:
     conf = site.load(node, vmid)
     if conf.values.get("protection") == "1":
         raise die(f"can't remove VM {vmid} - protection mode enabled")
     if site.machine(vmid, node).running:
         raise die(f"VM {vmid} is running - destroy failed")
-    if vmid in site.ha:
+    if vmid in site.ha and not purge:
         raise die(
             f"unable to remove VM {vmid} - used in HA resources and purge parameter "
             "not set."
@@ -114,132 +116,56 @@ def require_destroyable(site: Site, node: LabNode, vmid: int, skiplock: bool) ->
 
 
 async def destroy_vm(
-    site: Site, node: LabNode, vmid: int, *, skiplock: bool, unreferenced: bool
+    site: Site,
+    node: LabNode,
+    vmid: int,
+    *,
+    skiplock: bool,
+    unreferenced: bool,
+    purge: bool = False,
+    task: Task | None = None,
 ) -> None:
-    """Remove the VM and the volumes it owns."""
+    """Remove the VM, the volumes its current configuration names, and its ACLs.
+
+    What only a snapshot names goes with ``unreferenced`` alone. A privilege somebody
+    had on this VMID is gone afterwards.
+    """
     async with site.lock_config(vmid):
-        require_destroyable(site, node, vmid, skiplock)
+        require_destroyable(site, node, vmid, skiplock, purge)
         site.faults.require_quorum()
         conf = site.load(node, vmid)
-        volumes = conf.volumes()
-        if unreferenced:
-            volumes |= {
-                str(row["volid"])
-                for storage in node.storages.values()
-                if "images" in storage.content
-                for row in storage.volumes(vmid)
-            }
-        for volid in sorted(volumes):
-            storage = node.storages.get(volid.partition(":")[0])
-            if storage and storage.exists(volid) and storage.owner(volid) == vmid:
-                await asyncio.to_thread(storage.free, volid)
-        node.conf_path(vmid).unlink()
+        named = VmConf(conf.values, conf.pending).volumes()
+        await asyncio.to_thread(_free_owned, node, vmid, named, unreferenced, task)
+        site.auth.forget(f"/vms/{vmid}")
         (site.root / f"etc/pve/firewall/{vmid}.fw").unlink(missing_ok=True)
         for members in site.pools.values():
             members.discard(vmid)
+        if purge:
+            site.ha.discard(vmid)
+        node.conf_path(vmid).unlink()
 
 
-# -- snapshots
-
-
-def _qcow2_drives(node: LabNode, conf: VmConf) -> list[Drive]:
-    drives = [d for d in conf.drives() if d.volume and not d.cdrom]
-    for drive in drives:
-        if node.storage_of(drive.file).format(drive.file) != "qcow2":
-            raise die("snapshot feature is not available")
-    return drives
-
-
-async def snapshot(
-    site: Site, node: LabNode, vmid: int, name: str, description: str
+def _free_owned(
+    node: LabNode, vmid: int, volumes: set[str], unreferenced: bool, task: Task | None
 ) -> None:
-    """An internal snapshot of all disks, without memory."""
-    async with site.lock_config(vmid):
-        conf = site.load(node, vmid)
-        check_lock(conf)
-        if name in conf.snapshots:
-            raise die(f"snapshot name '{name}' already used")
-        drives = _qcow2_drives(node, conf)
-        machine = site.machine(vmid, node)
-        for drive in drives:
-            if machine.running:
-                device = f"drive-{drive.key}"
-                try:
-                    await machine.qmp(
-                        "blockdev-snapshot-internal-sync", device=device, name=name
-                    )
-                except QmpRefused as error:
-                    raise die(f"snapshot create failed: {error}") from error
-            else:
-                file = node.storage_of(drive.file).file(drive.file)
-                await asyncio.to_thread(
-                    run, site.qemu_img, "snapshot", "-c", name, str(file)
-                )
-        body = {
-            k: v for k, v in conf.values.items() if k not in ("lock", "description")
-        }
-        body["snaptime"] = str(int(time.time()))
-        if description:
-            body["description"] = description
-        conf.snapshots[name] = body
-        conf.values["parent"] = name
-        site.save(node, vmid, conf)
-
-
-async def delete_snapshot(
-    site: Site, node: LabNode, vmid: int, name: str, force: bool
-) -> None:
-    async with site.lock_config(vmid):
-        conf = site.load(node, vmid)
-        check_lock(conf)
-        if name not in conf.snapshots:
-            raise die(f"snapshot '{name}' does not exist")
-        machine = site.machine(vmid, node)
-        for drive in _qcow2_drives(node, conf):
-            if machine.running:
-                await machine.qmp(
-                    "blockdev-snapshot-delete-internal-sync",
-                    device=f"drive-{drive.key}", name=name,
-                )  # fmt: skip
-            else:
-                file = node.storage_of(drive.file).file(drive.file)
-                await asyncio.to_thread(
-                    run, site.qemu_img, "snapshot", "-d", name, str(file)
-                )
-        body = conf.snapshots.pop(name)
-        for other in (conf.values, *conf.snapshots.values()):
-            if other.get("parent") == name:
-                other.pop("parent")
-                if "parent" in body:
-                    other["parent"] = body["parent"]
-        site.save(node, vmid, conf)
-
-
-async def rollback(
-    site: Site, node: LabNode, vmid: int, name: str, start: bool
-) -> None:
-    """Stop, put the disks back, give a new generation id."""
-    async with site.lock_config(vmid):
-        conf = site.load(node, vmid)
-        check_lock(conf)
-        if name not in conf.snapshots:
-            raise die(f"snapshot '{name}' does not exist")
-        await site.machine(vmid, node).quit()
-        conf.values["lock"] = "rollback"
-        site.save(node, vmid, conf)
-        for drive in _qcow2_drives(node, conf):
-            file = node.storage_of(drive.file).file(drive.file)
-            await asyncio.to_thread(
-                run, site.qemu_img, "snapshot", "-a", name, str(file)
-            )
-        import uuid
-
-        conf.values = {k: v for k, v in conf.snapshots[name].items() if k != "snaptime"}
-        conf.values["parent"] = name
-        conf.values["vmgenid"] = str(uuid.uuid4())
-        site.save(node, vmid, conf)
-    if start:
-        await start_vm(site, node, vmid)
+    """Free the volumes that are this VM's; what can't be freed is a warning."""
+    for volid in sorted(volumes):
+        storage = node.storages.get(volid.partition(":")[0])
+        if not storage or storage.owner(volid) != vmid:
+            continue
+        try:
+            if storage.exists(volid):
+                storage.free(volid)
+        except ApiError as error:
+            if task:
+                said = error.message
+                task.warn(f"Could not remove disk '{volid}', check manually: {said}")
+    if not unreferenced:
+        return
+    for storage in node.storages.values():
+        if "images" in storage.content and storage.enabled and storage.active:
+            for row in storage.volumes(vmid):
+                storage.free(str(row["volid"]))
 
 
 # -- disks
@@ -303,7 +229,17 @@ async def move_disk(
         site.save(node, vmid, conf)
 
 
-async def resize(site: Site, node: LabNode, vmid: int, key: str, text: str) -> None:
+async def resize(
+    site: Site,
+    node: LabNode,
+    vmid: int,
+    key: str,
+    text: str,
+    *,
+    user: str = "root@pam",
+    digest: str | None = None,
+    skiplock: bool = False,
+) -> None:
     """Grow a disk; ``+SIZE`` is relative."""
     match = re.fullmatch(r"(\+)?(\d+(?:\.\d+)?)([KMGT])?", text)
     assert match
@@ -311,15 +247,22 @@ async def resize(site: Site, node: LabNode, vmid: int, key: str, text: str) -> N
     wanted = int(float(match[2]) * unit)
     async with site.lock_config(vmid):
         conf = site.load(node, vmid)
-        check_lock(conf)
-        if key not in conf.values:
-            raise die(f"disk '{key}' does not exist")
+        check_digest(conf, digest)
+        if not skiplock:
+            check_lock(conf)
+        known_drive(conf, key)
         drive = Drive.parse(key, conf.values[key])
+        if drive.cdrom:
+            raise die("you can't resize a cdrom")
         storage = node.storage_of(drive.file)
+        site.auth.check(user, f"/storage/{storage.name}", "Datastore.AllocateSpace")
+        storage.activate(drive.file)
         size = await asyncio.to_thread(storage.size, drive.file)
         wanted = size + wanted if match[1] else wanted
         if wanted < size:
             raise die("shrinking disks is not supported")
+        if wanted == size:
+            return
         machine = site.machine(vmid, node)
         if machine.running:
             if storage.type == "lvm":
@@ -328,7 +271,8 @@ async def resize(site: Site, node: LabNode, vmid: int, key: str, text: str) -> N
                 name = {"node_name": f"drive-{key}"}
             else:
                 name = {"device": f"drive-{key}"}
-            await machine.qmp("block_resize", **name, size=wanted)
+            grown = -(-wanted // 1024) * 1024
+            await machine.qmp("block_resize", **name, size=grown)
         else:
             await asyncio.to_thread(storage.resize, drive.file, wanted)
         drive.options["size"] = human_size(wanted)

@@ -28,6 +28,7 @@ from . import (  # noqa: F401  (they register calls)
     api_cluster,
     api_guest,
     api_migration,
+    api_snapshot,
     api_storage,
     api_vm,
 )
@@ -47,6 +48,26 @@ from .vmconfig import VmConf
 TOKEN = "bacula@pve!backup"
 PROGRAMS = ("qm", "pvesm", "lvchange")
 NODE_DIRS = ("var/run/qemu-server", "usr/sbin", "storage", "log", "dev", "ph")
+
+
+class FileLock:
+    """``flock``: many may share it, or one has it alone."""
+
+    def __init__(self) -> None:
+        self._holders = 0
+        self._shared = False
+        self._freed = asyncio.Event()
+
+    async def acquire(self, *, shared: bool = False) -> None:
+        while self._holders and not (shared and self._shared):
+            self._freed.clear()
+            await self._freed.wait()
+        self._holders += 1
+        self._shared = shared
+
+    def release(self) -> None:
+        self._holders -= 1
+        self._freed.set()
 
 
 class LabNode:
@@ -166,9 +187,10 @@ class Site:
         self.tasks = Tasks(self.faults.before_task)
         self.bridges = ["vmbr0", "vmbr1"]
         self.pools: dict[str, set[int]] = {}
+        self.auth.pool_of = self.pool_of
         self.ha: set[int] = set()
         self.offline: set[str] = set()
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._locks: dict[int, FileLock] = {}
         self._log: list[str] = []
         self.root.mkdir(parents=True, exist_ok=True)
         self.direct_io = supports_direct_io(self.root)
@@ -299,6 +321,7 @@ class Site:
             ) from None
 
     def save(self, node: LabNode, vmid: int, conf: VmConf) -> None:
+        conf.drop_used()
         path = node.conf_path(vmid)
         fresh = path.with_suffix(".tmp")
         fresh.write_text(conf.text())
@@ -309,12 +332,17 @@ class Site:
         return node.machines.setdefault(vmid, Machine(node, vmid))
 
     @contextlib.asynccontextmanager
-    async def lock_config(self, vmid: int) -> AsyncIterator[None]:
-        """The file lock around changes of a configuration: 10 s of patience."""
-        lock = self._locks.setdefault(vmid, asyncio.Lock())
+    async def lock_config(
+        self, vmid: int, *, shared: bool = False, patience_s: float = 10
+    ) -> AsyncIterator[None]:
+        """The file lock around changes of a configuration, 10 s of patience.
+
+        ``shared`` is how a clone holds its stopped source until its copy is done.
+        """
+        lock = self._locks.setdefault(vmid, FileLock())
         try:
-            async with asyncio.timeout(10):
-                await lock.acquire()
+            async with asyncio.timeout(patience_s):
+                await lock.acquire(shared=shared)
         except TimeoutError:
             raise die(
                 f"can't lock file '/var/lock/qemu-server/lock-{vmid}.conf' - "
@@ -329,10 +357,7 @@ class Site:
         return next((n for n, members in self.pools.items() if vmid in members), None)
 
     def may_see(self, user: str, vmid: int) -> bool:
-        if self.auth.has(user, f"/vms/{vmid}", "VM.Audit"):
-            return True
-        pool = self.pool_of(vmid)
-        return bool(pool) and self.auth.has(user, f"/pool/{pool}", "VM.Audit")
+        return self.auth.has(user, f"/vms/{vmid}", "VM.Audit")
 
     # -- for tests
 

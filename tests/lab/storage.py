@@ -78,6 +78,19 @@ class Storage:
     def format(self, volid: str) -> str:
         return "raw"
 
+    def has_feature(self, feature: str, volid: str, snapname: str | None) -> bool:
+        """What PVE's table says of ``snapshot``, ``clone`` and ``copy``."""
+        base = self.volname(volid).rpartition("/")[2].startswith("base-")
+        qcow2 = self.format(volid) == "qcow2"
+        match feature:
+            case "snapshot":
+                return qcow2 and not (base and not snapname)
+            case "copy":
+                return qcow2 or not snapname
+            case "clone":
+                return base and not snapname and self.type == "dir"
+        return False
+
     def exists(self, volid: str) -> bool:
         return self.file(volid).exists()
 
@@ -171,12 +184,16 @@ class DirStorage(Storage):
         name = self.volname(volid)
         if name.startswith("iso/"):
             return self.root / "template" / name
-        if not re.fullmatch(r"\d+/(vm|base)-[^/]+\.(raw|qcow2|vmdk)", name):
+        # A volume on another one has both in its name: 100/base-100-disk-0.qcow2/101/…
+        one = r"\d+/[^/\s]+\.(?:raw|qcow2|vmdk)"
+        if not (found := re.fullmatch(rf"(?:{one}/)?(\d+/(?:vm|base)-\S+)", name)):
             raise die(f"unable to parse directory volume name '{name}'")
-        return self.root / "images" / name
+        if not re.fullmatch(one, found[1]):
+            raise die(f"unable to parse directory volume name '{name}'")
+        return self.root / "images" / found[1]
 
     def owner(self, volid: str) -> int:
-        return int(self.volname(volid).split("/")[0])
+        return int(self.volname(volid).split("/")[-2])
 
     def format(self, volid: str) -> str:
         return volid.rpartition(".")[2]
@@ -219,8 +236,10 @@ class DirStorage(Storage):
             target.parent.rmdir()
 
     def resize(self, volid: str, size: int) -> None:
+        fmt = self.format(volid)
+        options = ["--preallocation=metadata"] if fmt == "qcow2" else []
         run(
-            self.qemu_img, "resize", "-q", "-f", self.format(volid),
+            self.qemu_img, "resize", "-q", *options, "-f", fmt,
             str(self.file(volid)), str(size),
         )  # fmt: skip
 
@@ -246,6 +265,10 @@ class DirStorage(Storage):
                 row["size"] = info["virtual-size"]
                 if backing := info.get("backing-filename"):
                     row["parent"] = backing
+                    # Only a relative name makes it a linked clone in PVE's eyes.
+                    if found := re.fullmatch(r"\.\./(\d+/[^/]+\.\w+)", backing):
+                        own = f"{entry.parent.name}/{entry.name}"
+                        row["volid"] = f"{self.name}:{found[1]}/{own}"
             rows.append(row)
         return rows
 

@@ -112,7 +112,11 @@ class Tasks:
             # Swallowed on purpose: an aborted PVE task ends with this very status.
             status = "unexpected status"
         except ApiError as error:
-            status = error.message
+            # An exception with a code is printed with it; a plain die has none.
+            coded = error.status in (400, 403)
+            status = f"{error.status} {error.message}" if coded else error.message
+            for key, said in (error.errors or {}).items():
+                status += f" {key}: {' '.join(said.split())}"
         except Exception as error:
             status = " ".join(str(error).split()) or type(error).__name__
         else:

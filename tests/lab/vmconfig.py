@@ -174,11 +174,21 @@ class VmConf:
         for body in [self.values, self.pending, *self.snapshots.values()]:
             found |= {d.file for d in drives_of(body) if d.volume and not d.cdrom}
             found |= {
-                parse_props(value, "file")["file"]
+                unused_volume(value)
                 for key, value in body.items()
                 if UNUSED.fullmatch(key)
             }
         return found
+
+    def drop_used(self) -> None:
+        """Forget ``unusedN`` whose volume a drive uses, as each write of PVE's does.
+
+        Snapshots don't count: what only they hold may stand as ``unusedN``.
+        """
+        used = {d.file for body in (self.values, self.pending) for d in drives_of(body)}
+        for key, value in list(self.values.items()):
+            if UNUSED.fullmatch(key) and unused_volume(value) in used:
+                del self.values[key]
 
 
 def drives_of(values: dict[str, str]) -> list[Drive]:
@@ -188,10 +198,15 @@ def drives_of(values: dict[str, str]) -> list[Drive]:
     return sorted(found, key=lambda d: (order[d.interface], d.index))
 
 
+def unused_volume(value: str) -> str:
+    """The volume of an ``unusedN`` value."""
+    return parse_props(value, "file")["file"]
+
+
 def add_unused(values: dict[str, str], volid: str) -> str:
     """Note a volume as ``unusedN``; return the key."""
     for key, value in values.items():
-        if UNUSED.fullmatch(key) and parse_props(value, "file")["file"] == volid:
+        if UNUSED.fullmatch(key) and unused_volume(value) == volid:
             return key
     for n in range(256):
         if f"unused{n}" not in values:
