@@ -39,7 +39,9 @@ from pveplug.proto.pve_login import (
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.proto.pve_values import (
     ClusterNode,
+    ExecStatus,
     Resource,
+    Snapshot,
     Storage,
     Upid,
     Version,
@@ -48,18 +50,20 @@ from pveplug.proto.pve_values import (
     Volume,
     parse_upid,
 )
-from pveplug.pve_session import PveSession
+from pveplug.pve_snapshots import SnapshotCalls
 from pveplug.units import KiB
 
 __all__ = [
     "ClusterNode",
     "Endpoint",
+    "ExecStatus",
     "NotSentError",
     "OutcomeUnknownError",
     "PveApi",
     "PveRefusalError",
     "Reason",
     "Resource",
+    "Snapshot",
     "Storage",
     "TicketAuth",
     "TlsTrustError",
@@ -82,7 +86,7 @@ _ALLOCATES: Final = re.compile(
 _VOLUME_KEY: Final = re.compile(r"(?:scsi|virtio|sata|ide|unused|efidisk|tpmstate)\d+")
 
 
-class PveApi(PveSession):
+class PveApi(SnapshotCalls):
     """The calls this product makes, each returning a value.
 
     See :class:`~pveplug.pve_session.PveSession` for what any of them may raise.
@@ -133,11 +137,6 @@ class PveApi(PveSession):
         """Return what the VM is doing."""
         where = path("nodes", node, "qemu", vmid, "status", "current")
         return values.parse_status(await self.get(where))
-
-    async def snapshots(self, node: str, vmid: int) -> list[str]:
-        """Return the names of the VM's snapshots."""
-        where = path("nodes", node, "qemu", vmid, "snapshot")
-        return values.parse_snapshots(await self.get(where))
 
     async def create_vm(
         self,
@@ -230,6 +229,118 @@ class PveApi(PveSession):
         params: dict[str, Value] = {"timeout": timeout_s, "forceStop": force}
         return await self.task("POST", where, params, timeout_s=timeout_s + 60.0)
 
+    async def clone_vm(
+        self,
+        node: str,
+        vmid: int,
+        newid: int,
+        *,
+        name: str | None = None,
+        snapname: str | None = None,
+        full: bool = True,
+        storage: str | None = None,
+        fmt: str | None = None,
+        pool: str | None = None,
+        description: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Copy a VM, or one of its snapshots, to a new VMID; returns warnings.
+
+        Needs ``VM.Clone`` on the VM, ``VM.Allocate`` on the new one or on ``pool``, and
+        ``Datastore.AllocateSpace`` on every storage written to; ``SDN.Use`` on the
+        bridges of its NICs. Both VMs carry a lock meanwhile (``clone`` and ``create``).
+        The copy has new MAC addresses, a new ``vmgenid`` and ``smbios1`` UUID, and no
+        snapshots.
+
+        Args:
+            node: where the VM is.
+            vmid: the VM to copy.
+            newid: the copy's VMID.
+            name: the copy's name; PVE calls it ``Copy-of-VM-…`` otherwise.
+            snapname: the snapshot to copy; the current state if it is not given.
+            full: copy the disks; otherwise a linked clone, of a template only.
+            storage: where to; only with ``full``. Otherwise where the disks are.
+            fmt: ``raw``, ``qcow2`` or ``vmdk`` on file storages; only with ``full``.
+            pool: the pool the copy goes into.
+            description: the copy's description.
+            timeout_s: how long to wait; copying takes as long as the disks are large.
+
+        Raises:
+            PveRefusalError: ``Reason.EXISTS`` when the VMID is taken,
+                ``Reason.MISSING`` when there is no such snapshot.
+        """
+        params: dict[str, Value] = {"newid": newid, "full": full}
+        given = {
+            "name": name,
+            "snapname": snapname,
+            "storage": storage,
+            "format": fmt,
+            "pool": pool,
+            "description": description,
+        }
+        params |= {key: value for key, value in given.items() if value is not None}
+        where = path("nodes", node, "qemu", vmid, "clone")
+        return await self.task("POST", where, params, timeout_s=timeout_s)
+
+    async def has_feature(
+        self, node: str, vmid: int, feature: str, *, snapname: str | None = None
+    ) -> bool:
+        """Tell whether every disk of the VM can do that; needs ``VM.Audit``.
+
+        Args:
+            node: where the VM is.
+            vmid: the VM.
+            feature: ``snapshot``, ``clone`` (linked) or ``copy`` (a full clone).
+            snapname: ask for the disks of this snapshot.
+        """
+        where = path("nodes", node, "qemu", vmid, "feature")
+        answer = await self.get(where, feature=feature, snapname=snapname)
+        return values.parse_feature(answer)
+
+    async def resize_disk(
+        self,
+        node: str,
+        vmid: int,
+        key: str,
+        size_bytes: int,
+        *,
+        digest: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Grow the disk ``key`` to ``size_bytes``; returns warnings.
+
+        Needs ``VM.Config.Disk``, and ``Datastore.AllocateSpace`` on its storage. PVE
+        refuses to shrink. What a snapshot holds keeps its size.
+        """
+        params: dict[str, Value] = {"disk": key, "size": str(size_bytes)}
+        if digest:
+            params["digest"] = digest
+        where = path("nodes", node, "qemu", vmid, "resize")
+        return await self.task("PUT", where, params, timeout_s=timeout_s)
+
+    async def unlink_disk(
+        self,
+        node: str,
+        vmid: int,
+        key: str,
+        *,
+        destroy: bool = False,
+        digest: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Take a disk out of the configuration; returns warnings.
+
+        Needs ``VM.Config.Disk``, to free also ``Datastore.AllocateSpace``. The volume
+        stays as ``unusedN``, or is freed with ``destroy``. An ``unusedN`` itself is
+        always freed. PVE refuses to free a volume that a snapshot holds, and anything
+        of a VM with ``protection: 1``.
+        """
+        # Not PUT …/unlink: that is the same work without a task, given up after 30 s.
+        params: dict[str, Value] = {"force": True} if destroy else {}
+        return await self.update_config(
+            node, vmid, params, delete=[key], digest=digest, timeout_s=timeout_s
+        )
+
     async def convert_to_template(self, node: str, vmid: int) -> list[str]:
         """Make a stopped VM a template; returns warnings."""
         return await self.task("POST", path("nodes", node, "qemu", vmid, "template"))
@@ -243,6 +354,29 @@ class PveApi(PveSession):
             PveRefusalError: ``Reason.AGENT_MISSING`` or ``Reason.AGENT_SILENT``.
         """
         await self._agent(node, vmid, "ping", repeatable=True)
+
+    async def agent_exec(
+        self, node: str, vmid: int, command: Sequence[str], *, stdin: str | None = None
+    ) -> int:
+        """Start a program in the guest; returns its process id there.
+
+        Needs ``VM.GuestAgent.Unrestricted`` (8.4: ``VM.Monitor``). Not repeated when
+        the answer is lost: the program may run.
+        """
+        if not command:
+            raise LocalProtocolError("no program to run in the guest")
+        params: dict[str, Value] = {"command": list(command), "input-data": stdin}
+        where = path("nodes", node, "qemu", vmid, "agent", "exec")
+        return values.parse_exec((await self.call("POST", where, params)).data)
+
+    async def agent_exec_status(self, node: str, vmid: int, pid: int) -> ExecStatus:
+        """Return how a program of :meth:`agent_exec` fares.
+
+        Needs what :meth:`agent_exec` needs. The guest forgets a program whose end it
+        has told once.
+        """
+        where = path("nodes", node, "qemu", vmid, "agent", "exec-status")
+        return values.parse_exec_status(await self.get(where, pid=pid))
 
     async def fsfreeze_status(self, node: str, vmid: int) -> str:
         """Return ``thawed`` or ``frozen``."""

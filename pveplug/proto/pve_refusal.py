@@ -43,6 +43,7 @@ class Reason(enum.Enum):
     AGENT_SILENT = "agent silent"  # configured, doesn't answer
     NO_QUORUM = "no quorum"
     NO_SPACE = "no space"
+    UNSUPPORTED = "unsupported"  # that disk, there, in that format: never
     TASK = "task"  # a task ended with an error of no other kind
 
 
@@ -136,13 +137,20 @@ _TEXTS: Final[tuple[tuple[Reason, re.Pattern[str], str], ...]] = tuple(
         ),
         (
             Reason.EXISTS,
-            r"already exists|config file already exists|VM \d+ already running",
+            r"already exists|config file already exists|VM \d+ already running"
+            r"|snapshot name '[^']*' already used",
             "Choose another id or name",
         ),
         (
             Reason.NO_SPACE,
             r"No space left|not enough free space|out of space|insufficient free",
             "Free space on that storage or choose another one",
+        ),
+        (
+            Reason.UNSUPPORTED,
+            r"snapshot feature is not available|clone feature is not supported for",
+            "Move the VM's disks to a storage and format that has it (on a directory "
+            "or NFS storage: qcow2)",
         ),
         (
             Reason.MISSING,

@@ -211,14 +211,56 @@ def parse_config(data: Any) -> VmConfig:
     return VmConfig(MappingProxyType(values), digest)
 
 
-def parse_snapshots(data: Any) -> list[str]:
-    """Read ``GET /nodes/{node}/qemu/{vmid}/snapshot``: names, without "current".
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot of a VM; ``time`` is seconds since 1970, 0 if PVE doesn't say.
+
+    ``parent`` is the snapshot it was taken after, or empty for the first of a line.
+    """
+
+    name: str
+    parent: str
+    time: int
+    description: str
+
+
+def parse_snapshots(data: Any) -> list[Snapshot]:
+    """Read ``GET /nodes/{node}/qemu/{vmid}/snapshot``, oldest first.
+
+    The row ``current`` isn't a snapshot and is left out. PVE ends a description with a
+    newline, which is not part of it.
 
     Raises:
         RemoteProtocolError: it isn't a list of named things.
     """
-    rows = [_object(row, "snapshot") for row in _list(data, "snapshots")]
-    return [name for row in rows if (name := _text(row, "name")) != "current"]
+    found = []
+    for row in _list(data, "snapshots"):
+        row = _object(row, "snapshot")
+        if not (name := _text(row, "name")):
+            raise RemoteProtocolError("snapshot: no name in it")
+        if name == "current":
+            continue
+        found.append(
+            Snapshot(
+                name=name,
+                parent=_text(row, "parent"),
+                time=_integer(row, "snaptime", 0),
+                description=_text(row, "description").rstrip("\n"),
+            )
+        )
+    return sorted(found, key=lambda snapshot: (snapshot.time, snapshot.name))
+
+
+def parse_feature(data: Any) -> bool:
+    """Read ``GET /nodes/{node}/qemu/{vmid}/feature``.
+
+    Raises:
+        RemoteProtocolError: it doesn't say.
+    """
+    row = _object(data, "VM feature")
+    if row.get("hasFeature") is None:
+        raise RemoteProtocolError("VM feature: no hasFeature in it")
+    return _truth(row, "hasFeature")
 
 
 def parse_qm_config(text: str) -> VmConfig:
@@ -289,6 +331,45 @@ def parse_agent_result(data: Any) -> Any:
     if "result" not in row:
         raise RemoteProtocolError("guest agent answer: no result in it")
     return row["result"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecStatus:
+    """How a program in a guest fares; ``exitcode`` is None until it has exited.
+
+    A program that a signal ended has no exit code either: see ``signal``, else 0.
+    """
+
+    exited: bool
+    exitcode: int | None
+    signal: int
+    output: str
+    errors: str
+    truncated: bool
+
+
+def parse_exec(data: Any) -> int:
+    """Read the guest's process id from ``POST …/agent/exec``."""
+    return _integer(_object(data, "guest agent exec"), "pid")
+
+
+def parse_exec_status(data: Any) -> ExecStatus:
+    """Read ``GET …/agent/exec-status``.
+
+    Raises:
+        RemoteProtocolError: it doesn't say whether the program has exited.
+    """
+    row = _object(data, "guest agent exec-status")
+    if row.get("exited") is None:
+        raise RemoteProtocolError("guest agent exec-status: no exited in it")
+    return ExecStatus(
+        exited=_truth(row, "exited"),
+        exitcode=_integer(row, "exitcode") if "exitcode" in row else None,
+        signal=_integer(row, "signal", 0),
+        output=_text(row, "out-data"),
+        errors=_text(row, "err-data"),
+        truncated=_truth(row, "out-truncated") or _truth(row, "err-truncated"),
+    )
 
 
 # --- nodes and storages ------------------------------------------------------------

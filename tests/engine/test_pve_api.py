@@ -25,6 +25,7 @@ from pveplug.pve import (
     PveApi,
     PveRefusalError,
     Reason,
+    Snapshot,
     TicketAuth,
     TlsTrustError,
     TokenAuth,
@@ -712,6 +713,138 @@ async def test_a_freeze_is_never_repeated(pve, api):
     assert pve.lines() == [line]
 
 
+SNAPSHOT = "/nodes/pve1/qemu/100/snapshot"
+
+
+async def test_a_snapshot_is_taken_and_its_task_waited_for(pve, api):
+    pve.on(f"POST {SNAPSHOT}", UPID)
+    pve.on(f"GET {TASK}/status", DONE)
+    assert await api.snapshot_create("pve1", 100, "p-7", "cycle 7") == []
+    await api.snapshot_create("pve1", 100, "p-8")
+    first, second = (call.form for call in pve.calls if call.method == "POST")
+    assert first == {"snapname": ["p-7"], "description": ["cycle 7"]}
+    assert second == {"snapname": ["p-8"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a", "7p", "a b", "current", "Pending", "p/../x", "a" * 41, "pé"]
+)
+async def test_a_name_pve_would_refuse_for_a_snapshot_is_never_asked_for(
+    pve, api, name
+):
+    with pytest.raises(LocalProtocolError, match="name for a snapshot"):
+        await api.snapshot_create("pve1", 100, name)
+    assert pve.calls == []
+
+
+async def test_a_disk_without_snapshots_is_told_apart_from_a_used_name(pve, api):
+    pve.on(f"POST {SNAPSHOT}", UPID)
+    no = {"status": "stopped", "exitstatus": "snapshot feature is not available"}
+    used = {"status": "stopped", "exitstatus": "snapshot name 'p1' already used"}
+    pve.on(f"GET {TASK}/status", no, used)
+    with pytest.raises(PveRefusalError, match="qcow2") as unsupported:
+        await api.snapshot_create("pve1", 100, "p1")
+    with pytest.raises(PveRefusalError) as exists:
+        await api.snapshot_create("pve1", 100, "p1")
+    assert unsupported.value.reason is Reason.UNSUPPORTED
+    assert exists.value.reason is Reason.EXISTS
+
+
+async def test_snapshots_are_listed_oldest_first(pve, api):
+    rows = [
+        {"name": "p2", "snaptime": 20, "parent": "p1", "description": "b\n"},
+        {"name": "p1", "snaptime": 10, "description": ""},
+        {"name": "current", "parent": "p2", "description": "You are here!"},
+    ]
+    pve.on(f"GET {SNAPSHOT}", rows)
+    assert await api.snapshot_list("pve1", 100) == [
+        Snapshot("p1", "", 10, ""),
+        Snapshot("p2", "p1", 20, "b"),
+    ]
+    assert await api.snapshots("pve1", 100) == ["p1", "p2"]
+
+
+async def test_the_configuration_of_a_snapshot_is_read(pve, api):
+    pve.on(f"GET {SNAPSHOT}/p1/config", {"cores": 2, "snaptime": 5, "scsi0": "a:1/x"})
+    config = await api.snapshot_config("pve1", 100, "p1")
+    assert config.values == {"cores": "2", "snaptime": "5", "scsi0": "a:1/x"}
+
+
+async def test_going_back_and_deleting_wait_for_their_tasks(pve, api):
+    pve.on(f"POST {SNAPSHOT}/p1/rollback", UPID)
+    pve.on(f"DELETE {SNAPSHOT}/p1", UPID)
+    pve.on(f"GET {TASK}/status", DONE)
+    await api.rollback("pve1", 100, "p1")
+    await api.rollback("pve1", 100, "p1", start=True)
+    await api.snapshot_delete("pve1", 100, "p1")
+    await api.snapshot_delete("pve1", 100, "p1", force=True)
+    sent = [{**c.form, **c.query} for c in pve.calls if c.method != "GET"]
+    assert sent == [{}, {"start": ["1"]}, {}, {"force": ["1"]}]
+    assert pve.lines()[-1] == f"GET {TASK}/status"
+
+
+async def test_a_snapshot_whose_answer_is_lost_is_not_taken_again(pve, api):
+    pve.on(f"POST {SNAPSHOT}", (596, "Connection timed out"))
+    with pytest.raises(OutcomeUnknownError):
+        await api.snapshot_create("pve1", 100, "p1")
+    assert pve.lines() == [f"POST {SNAPSHOT}"]
+
+
+async def test_a_clone_says_what_it_was_told_and_nothing_more(pve, api):
+    line = "POST /nodes/pve1/qemu/100/clone"
+    pve.on(line, UPID)
+    pve.on(f"GET {TASK}/status", DONE)
+    await api.clone_vm("pve1", 100, 901, name="t", snapname="p1", storage="dr")
+    await api.clone_vm("pve1", 100, 902, full=False)
+    full, linked = (call.form for call in pve.calls if call.line == line)
+    assert full == {
+        "newid": ["901"],
+        "full": ["1"],
+        "name": ["t"],
+        "snapname": ["p1"],
+        "storage": ["dr"],
+    }
+    assert linked == {"newid": ["902"], "full": ["0"]}
+
+
+async def test_a_disk_grows_to_a_size_in_bytes(pve, api):
+    pve.on("PUT /nodes/pve1/qemu/100/resize", UPID)
+    pve.on(f"GET {TASK}/status", DONE)
+    await api.resize_disk("pve1", 100, "scsi0", 1 << 30, digest="ab")
+    expected = {"disk": ["scsi0"], "size": ["1073741824"], "digest": ["ab"]}
+    assert pve.calls[0].form == expected
+
+
+async def test_a_disk_is_unlinked_by_a_task(pve, api):
+    pve.on("POST /nodes/pve1/qemu/100/config", UPID)
+    pve.on(f"GET {TASK}/status", DONE)
+    await api.unlink_disk("pve1", 100, "scsi1")
+    await api.unlink_disk("pve1", 100, "scsi1", destroy=True)
+    kept, freed = (call.form for call in pve.calls if call.method == "POST")
+    assert kept == {"delete": ["scsi1"]}
+    assert freed == {"delete": ["scsi1"], "force": ["1"]}
+
+
+async def test_a_feature_is_asked_for_by_name(pve, api):
+    pve.on("GET /nodes/pve1/qemu/100/feature", {"hasFeature": 0, "nodes": []})
+    assert not await api.has_feature("pve1", 100, "snapshot")
+    assert pve.calls[0].query == {"feature": ["snapshot"]}
+
+
+async def test_a_program_runs_in_the_guest_and_is_asked_about(pve, api):
+    base = "/nodes/pve1/qemu/100/agent"
+    pve.on(f"POST {base}/exec", {"pid": 812})
+    pve.on(f"GET {base}/exec-status", {"exited": 0}, {"exited": 1, "exitcode": 3})
+    argv = ["/bin/sh", "-c", "exit 3"]
+    assert await api.agent_exec("pve1", 100, argv, stdin="x") == 812
+    assert pve.calls[0].form == {"command": argv, "input-data": ["x"]}
+    assert not (await api.agent_exec_status("pve1", 100, 812)).exited
+    assert (await api.agent_exec_status("pve1", 100, 812)).exitcode == 3
+    assert pve.calls[-1].query == {"pid": ["812"]}
+    with pytest.raises(LocalProtocolError):
+        await api.agent_exec("pve1", 100, [])
+
+
 async def test_the_remaining_calls_reach_their_paths(pve, api):
     pve.on("GET /nodes", [{"node": "pve1", "status": "online"}])
     pve.on("GET /cluster/nextid", "105")
@@ -763,6 +896,36 @@ async def test_every_call_exists_in_the_schema_of_proxmox_ve(pve, api):
         (api.stop_vm("n", 100), f"{vm}/status/stop", "POST"),
         (api.shutdown_vm("n", 100), f"{vm}/status/shutdown", "POST"),
         (api.convert_to_template("n", 100), f"{vm}/template", "POST"),
+        (api.snapshot_list("n", 100), f"{vm}/snapshot", "GET"),
+        (api.snapshot_create("n", 100, "p1", "x"), f"{vm}/snapshot", "POST"),
+        (
+            api.snapshot_delete("n", 100, "p1", force=True),
+            f"{vm}/snapshot/{{snapname}}",
+            "DELETE",
+        ),
+        (
+            api.snapshot_config("n", 100, "p1"),
+            f"{vm}/snapshot/{{snapname}}/config",
+            "GET",
+        ),
+        (
+            api.rollback("n", 100, "p1", start=True),
+            f"{vm}/snapshot/{{snapname}}/rollback",
+            "POST",
+        ),
+        (
+            api.clone_vm(
+                *("n", 100, 901),
+                **dict.fromkeys(("name", "snapname", "storage", "fmt", "pool"), "x"),
+            ),
+            f"{vm}/clone",
+            "POST",
+        ),
+        (api.has_feature("n", 100, "copy", snapname="p"), f"{vm}/feature", "GET"),
+        (api.resize_disk("n", 100, "scsi0", 1, digest="a"), f"{vm}/resize", "PUT"),
+        (api.unlink_disk("n", 100, "scsi1", destroy=True), f"{vm}/config", "POST"),
+        (api.agent_exec("n", 100, ["x"], stdin="y"), f"{vm}/agent/exec", "POST"),
+        (api.agent_exec_status("n", 100, 1), f"{vm}/agent/exec-status", "GET"),
         (api.agent_ping("n", 100), f"{vm}/agent/ping", "POST"),
         (api.fsfreeze_status("n", 100), f"{vm}/agent/fsfreeze-status", "POST"),
         (api.fsfreeze_freeze("n", 100), f"{vm}/agent/fsfreeze-freeze", "POST"),

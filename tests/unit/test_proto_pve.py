@@ -38,6 +38,7 @@ from pveplug.proto.pve_login import (
     token_header,
 )
 from pveplug.proto.pve_refusal import PveRefusalError, Reason, classify, one_line
+from pveplug.proto.pve_values import Snapshot
 
 TOKEN = "bacula@pve!plug"
 GET = build("GET", "/nodes/pve1/qemu/100/config")
@@ -199,6 +200,10 @@ TEXTS = [
     (500, "only root can set 'args' config", Reason.ROOT_ONLY),
     (500, "Only root can pass arbitrary filesystem paths.", Reason.ROOT_ONLY),
     (500, "unable to create VM 100 - VM 100 already exists on node 'pve1'", Reason.EXISTS),  # noqa: E501
+    (500, "snapshot name 'p1' already used", Reason.EXISTS),
+    (500, "snapshot feature is not available", Reason.UNSUPPORTED),
+    (500, "Full clone feature is not supported for a snapshot of 'l:9/x.raw' (scsi0)", Reason.UNSUPPORTED),  # noqa: E501
+    (500, "snapshot 'p1' does not exist", Reason.MISSING),
     (500, "storage 'nope' does not exist", Reason.MISSING),
     (500, "no such storage 'nope'", Reason.MISSING),
     (500, "hostname lookup 'nope' failed - failed to get address info", Reason.MISSING),
@@ -578,6 +583,9 @@ json_values = st.recursive(
     [
         values.parse_agent_result,
         values.parse_config,
+        values.parse_exec,
+        values.parse_exec_status,
+        values.parse_feature,
         values.parse_log,
         values.parse_nodes,
         values.parse_permissions,
@@ -605,7 +613,45 @@ def test_any_words_have_a_reason(said):
 
 
 def test_a_vms_snapshots_are_listed_without_its_current_state():
-    rows = [{"name": "before", "snaptime": 1}, {"name": "current", "digest": "x"}]
-    assert values.parse_snapshots(rows) == ["before"]
+    rows = [
+        {"name": "later", "snaptime": 9, "parent": "before", "description": "two\n"},
+        {"name": "before", "snaptime": "1", "vmstate": 0, "description": ""},
+        {"name": "current", "digest": "x", "parent": "later", "running": 0},
+    ]
+    assert values.parse_snapshots(rows) == [
+        Snapshot("before", "", 1, ""),
+        Snapshot("later", "before", 9, "two"),
+    ]
+    for wrong in ({"name": "before"}, [{}], [{"name": "a1", "snaptime": "soon"}]):
+        with pytest.raises(RemoteProtocolError):
+            values.parse_snapshots(wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "can"),
+    [({"hasFeature": 1, "nodes": []}, True), ({"hasFeature": "0"}, False)],
+)
+def test_a_feature_is_there_or_not(answer, can):
+    assert values.parse_feature(answer) is can
+
+
+def test_an_answer_without_the_feature_is_no_no():
     with pytest.raises(RemoteProtocolError):
-        values.parse_snapshots({"name": "before"})
+        values.parse_feature({"nodes": []})
+
+
+def test_a_program_in_the_guest_is_told_running_ended_or_killed():
+    running = values.parse_exec_status({"exited": 0})
+    assert (running.exited, running.exitcode) == (False, None)
+    ended = values.parse_exec_status(
+        {"exited": 1, "exitcode": 0, "out-data": "up\n", "out-truncated": 1}
+    )
+    assert (ended.exited, ended.exitcode, ended.signal) == (True, 0, 0)
+    assert (ended.output, ended.errors, ended.truncated) == ("up\n", "", True)
+    killed = values.parse_exec_status({"exited": 1, "signal": 9, "err-data": "x"})
+    assert (killed.exitcode, killed.signal, killed.errors) == (None, 9, "x")
+    with pytest.raises(RemoteProtocolError):
+        values.parse_exec_status({"pid": 7})
+    assert values.parse_exec({"pid": 812}) == 812
+    with pytest.raises(RemoteProtocolError):
+        values.parse_exec({})
