@@ -40,7 +40,8 @@ LAYERS: Final = {
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm", "dr.failover", "dr.cycle", "dr.failback"),
+        *("source", "access", "restore_vm"),
+        *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
         *("backup", "restore", "estimate", "verify", "dr.receiver", "dr.sender"),
@@ -50,6 +51,7 @@ LAYERS: Final = {
         "__main__",
         "cli",
         "command_bitmaps",
+        "command_dr",
         "command_repair",
         "command_replicas",
         "command_verify",

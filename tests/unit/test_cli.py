@@ -179,6 +179,8 @@ def test_what_is_no_host_is_refused(text):
         host_and_port(text)
 
 
-def test_the_receiver_says_that_it_is_not_in_this_version(capsys):
-    assert receiver_main([]) == 69
-    assert "comes with disaster recovery" in capsys.readouterr().err
+def test_the_receiver_has_a_program_of_its_own(capsys):
+    with pytest.raises(SystemExit) as ended:
+        receiver_main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("podheitor-proxmox-receiver ")
