@@ -15,7 +15,6 @@ import pytest
 import pytest_asyncio
 
 from tests.support.course import MIB, Course
-from tests.support.kills import until
 from tests.support.requires import requires
 from tests.support.world import World
 
@@ -160,7 +159,7 @@ async def contents_are_new(run: Course) -> None:
     await run.api("POST", "snapshot", snapname="before")
     await run.write("scsi0", 6 * MIB)
     await run.api("POST", "snapshot/before/rollback", start=1)
-    await until(lambda: run.vm.running, "the start, a task of its own")
+    await run.vm.wait_started()  # by a task of its own
     await run.write("virtio1", 6 * MIB)
     await run.reads_whole("a rollback", **BOTH)
 
