@@ -752,9 +752,10 @@ async def test_one_address_cannot_take_all_handshakes(certs, caplog):
         stranger(there.address),
         stranger(there.address),
     ):
-        async with stranger(there.address) as third:
-            assert await third.rest() == b""
-        await refused(caplog, there, "too many handshakes at once")
+        for _ in range(3):
+            async with stranger(there.address) as third:
+                assert await third.rest() == b""
+        await refused(caplog, there, "too many handshakes at once")  # said once
 
 
 @both_loops
@@ -765,6 +766,22 @@ async def test_channels_that_are_open_take_no_handshake(certs):
                 channel = await connect(*there.address, auth=ClientAuth(TOKEN))
                 await stack.enter_async_context(channel)
                 await exchange(channel)
+
+
+@both_loops
+async def test_who_leaves_again_and_again_waits_too(certs, caplog):
+    clock = Clock()
+    async with receiver(psk(certs), clock=clock) as there:
+        for count in range(1, 121):
+            async with stranger(there.address):
+                pass
+            await until(lambda n=count: len(refusals(caplog)) == n)
+        async with stranger(there.address) as client:
+            assert await client.rest() == b""
+        await refused(caplog, there, "too many failures", 121)
+        clock.now += 61
+        async with await connect(*there.address, auth=ClientAuth(TOKEN)) as channel:
+            await exchange(channel)
 
 
 def test_an_address_blocked_is_not_another():
