@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
+from pveplug.cli import main
 from pveplug.dr.channel import (
     AuthenticationError,
     ClientAuth,
@@ -237,6 +238,27 @@ async def test_a_pin_stands_in_for_the_ca(certs):
         auth = sender(certs, None, certs.client, ca=False, fingerprints=pins)
         async with await connect(*there.address, auth=auth) as channel:
             await exchange(channel)
+
+
+@both_loops
+async def test_what_receiver_init_makes(tmp_path, caplog):
+    made = ["--with-ca", "--host", "127.0.0.1", "--client-host", "127.0.0.1"]
+    assert main(["receiver", "init", "--dir", str(tmp_path), *made]) == 0
+    base = tmp_path / "receiver-main"
+    token = base.with_suffix(".token").read_bytes().strip()
+    own = f"{base}.crt", f"{base}.key"
+    ca = f"{base}-ca.crt"
+    auth = ServerAuth(*own, token, ca)
+    async with receiver(auth) as there:
+        given = ClientAuth(token, f"{base}-sender.crt", f"{base}-sender.key", ca)
+        async with await connect(*there.address, auth=given) as channel:
+            await exchange(channel)
+        await until(lambda: there.handler.channels)
+        there.handler.channels.clear()
+        # The receiver's certificate is none of a sender, though of the same CA.
+        with pytest.raises((AuthenticationError, TransportError)):
+            await connect(*there.address, auth=ClientAuth(token, *own, ca))
+        await refused(caplog, there, "purpose")
 
 
 @both_loops
