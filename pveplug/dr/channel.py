@@ -13,7 +13,6 @@ tidily. What must have come whole is said by a frame.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -69,6 +68,10 @@ HANDSHAKES: Final = 32
 """In progress at once; of one address half as many."""
 ACCEPT_PAUSE_S: Final = 0.5
 """When no connection can be accepted (no file descriptor left), wait so long."""
+_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_LEAVERS: Final = 120
+"""Who leaves before he has failed may come so often a minute: a port is looked at by
+monitoring, but each handshake costs us a signature."""
 _BACKLOG: Final = 128
 _IN_THREAD: Final = 128 * KiB
 """Longer payloads are compressed in a thread: 1 MiB of what shrinks takes 2 to 3 ms."""
@@ -143,7 +146,11 @@ class Channel:
         return await self._link.receive()
 
     async def aclose(self) -> None:
-        """Deliver what was sent, then close; never raises, never takes long."""
+        """Close, after what was sent; never raises, never takes long.
+
+        A peer that takes longer than 2 s to read the rest doesn't get it: wait for its
+        answer first.
+        """
         await self._link.aclose()
 
     def abort(self) -> None:
@@ -303,11 +310,13 @@ class Server:
         self._trust = trust
         self._handler = handler
         self._throttle = throttle
+        self._leavers = Throttle(failures=_LEAVERS)
         self._make_channel = make_channel
         self._handshake_s = handshake_s
         self._slots = asyncio.Semaphore(handshakes)
         self._per_address = max(1, handshakes // 2)
         self._shaking: Counter[str] = Counter()
+        self._crowds: set[str] = set()
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.create_task(self._accept(), name="dr-accept")
@@ -356,8 +365,9 @@ class Server:
                 sock, name = await loop.sock_accept(self._sock)
             except OSError as error:
                 self._slots.release()
-                log.warning("dr cannot accept: %s", error)
-                await asyncio.sleep(ACCEPT_PAUSE_S)
+                if error.errno in _EXHAUSTED:
+                    log.warning("dr cannot accept: %s", error)
+                    await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             if not self._welcome(name):
                 sock.close()
@@ -372,12 +382,15 @@ class Server:
     def _welcome(self, name: Any) -> bool:
         """Whether to speak with this address at all."""
         host = str(name[0])
-        if self._throttle.blocked(host, self._clock()):
-            if self._throttle.worth_telling(host):
-                _refused(name, "too many failures; dropped without a word for a while")
-            return False
+        for throttle in (self._throttle, self._leavers):
+            if throttle.blocked(host, self._clock()):
+                if throttle.worth_telling(host):
+                    _refused(name, "too many failures; dropped for a minute")
+                return False
         if self._shaking[host] >= self._per_address:
-            _refused(name, "too many handshakes at once")
+            if host not in self._crowds:  # said once for each crowd
+                self._crowds.add(host)
+                _refused(name, "too many handshakes at once")
             return False
         return True
 
@@ -391,6 +404,7 @@ class Server:
             self._shaking[host] -= 1
             if not self._shaking[host]:
                 del self._shaking[host]
+                self._crowds.discard(host)
         if channel is None:
             return
         try:
@@ -422,9 +436,8 @@ class Server:
             reason = f"no handshake within {self._handshake_s:g} s"
         except TransportError as error:
             cause = error.__cause__
-            tls = isinstance(cause, ssl.SSLError)
+            guilty = isinstance(cause, ssl.SSLError)
             reason = tls_words(cause) if isinstance(cause, ssl.SSLError) else "it left"
-            guilty = tls
         except OSError:
             # A port scanner, or who checks that the port is open: it tried nothing.
             reason, guilty = "it left", False
@@ -438,8 +451,8 @@ class Server:
             log.info("dr accepted peer=%s methods=%s", link.peer, trust.methods)
             return self._make_channel(link, trust.methods)
         _refused(name, reason)
-        if guilty:
-            self._throttle.failed(str(name[0]), self._clock())
+        throttle = self._throttle if guilty else self._leavers
+        throttle.failed(str(name[0]), self._clock())
         await link.aclose()
         return None
 
@@ -524,8 +537,6 @@ def listen(bind: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        with contextlib.suppress(OSError):  # an older kernel's own value is fine
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.bind((bind, port))
         sock.listen(_BACKLOG)
     except OSError as error:

@@ -17,7 +17,6 @@ ends the connection instead of reaching a disk. What the types mean is in dr_aut
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +24,11 @@ import zstandard
 
 from pveplug.errors import LocalProtocolError, RemoteProtocolError
 from pveplug.units import KiB, MiB
+
+try:  # 13 GB/s; zlib's 3 GB/s are a third of what a frame costs
+    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    from zlib import crc32
 
 Buffer = bytes | bytearray | memoryview
 
@@ -77,7 +81,7 @@ def encode_frame(
             payload, length, flags = [packed], len(packed), ZSTD
     crc = 0
     for buffer in payload:
-        crc = zlib.crc32(buffer, crc)
+        crc = crc32(buffer, crc)
     return [HEADER.pack(type, flags, 0, length, crc), *payload]
 
 
@@ -204,7 +208,7 @@ class FrameReader:
     ) -> RawFrame:
         self._head = None
         self._payload = memoryview(b"")
-        got = zlib.crc32(payload)
+        got = crc32(payload)
         if got != crc:
             raise self._broken(
                 f"a frame of type {type} and {len(payload)} bytes was damaged: its "
@@ -216,6 +220,9 @@ class FrameReader:
 
     def _decompressed(self, type: int, payload: bytes | memoryview) -> bytes:
         """Decompress within the limit: the size is known before a byte is made."""
+        # Skippable frames have other magics; they would be nothing, at some length.
+        if bytes(payload[:4]) != zstandard.FRAME_HEADER:
+            raise self._broken(f"a frame of type {type} is flagged zstd and isn't")
         try:
             size = zstandard.get_frame_parameters(payload).content_size
             # CONTENTSIZE_UNKNOWN is the largest number there is, so it fails here too.
