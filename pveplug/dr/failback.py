@@ -184,7 +184,7 @@ class Failback:
                 self._note(STAGED)
                 old = await StageWriter.create(self._old, {}, keep_free=KEEP_FREE)
                 numbered = list(clients.values())
-                async with aclosing(frames(self._new)) as coming:
+                async with aclosing(frames(self._new)) as coming:  # type: ignore[type-var]
                     async for frame in coming:
                         await _keep(frame, numbered[frame.number], old)
                 await old.finish()
@@ -246,7 +246,7 @@ class Failback:
                 await stack.enter_async_context(NbdSink(client))
                 for client in clients.values()
             ]
-            async with aclosing(frames(path)) as coming:
+            async with aclosing(frames(path)) as coming:  # type: ignore[type-var]
                 async for frame in coming:
                     sink = sinks[frame.number]
                     if isinstance(frame, Zero):
