@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -93,6 +93,7 @@ class NbdSink:
         self._can_zero = client.can_zero
         self._error: BaseException | None = None
         self._wake = asyncio.Event()
+        self._again = 0  # zeroings that were refused as they were, and put back
         self._finished = False
         self.written = 0
         """Bytes sent as data so far."""
@@ -167,6 +168,30 @@ class NbdSink:
             self._error = error
             raise
         self._finished = True
+
+    async def mark(self) -> Callable[[], Awaitable[bool]]:
+        """Send all that was written so far, and return how to have it made durable.
+
+        What is returned may run in another task while writing goes on. It tells whether
+        all before the mark is on stable storage: False if it can't tell.
+
+        Raises: as :meth:`write`; and so does what is returned.
+        """
+        self._raise_error()
+        await self._submit_open()
+        while self._zeroes:
+            await self._progress()
+        before = [pending.future for pending in self._flights]
+        again = self._again
+
+        async def durable() -> bool:
+            if before:
+                await asyncio.wait(before)
+            self._raise_error()
+            await self._client.flush()
+            return again == self._again
+
+        return durable
 
     # -- inside -----------------------------------------------------------------
 
@@ -294,6 +319,7 @@ class NbdSink:
             else:
                 self._can_zero = False
             self._zeroes.append((flight.start, flight.end))
+            self._again += 1
         elif self._error is None:
             self._error = error
 
