@@ -19,6 +19,7 @@ from pveplug import (
     __version__,
     command_bitmaps,
     command_dr,
+    command_receiver,
     command_repair,
     command_verify,
 )
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _pin(arguments.host, arguments.timeout)
             case "verify":
                 return command_verify.run(arguments)
+            case "receiver":
+                return command_receiver.run(arguments)
     except ConfigError as error:
         return _failed(error, EX_CONFIG)
     except PveplugError as error:
@@ -131,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     command_verify.add_parser(commands)
     command_bitmaps.add_parser(commands)
     command_dr.add_parser(commands)
+    command_receiver.add_parser(commands)
     return parser
 
 

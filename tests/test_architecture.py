@@ -46,6 +46,7 @@ LAYERS: Final = {
         "__main__",
         "cli",
         "command_bitmaps",
+        "command_receiver",
         "command_repair",
         "command_verify",
         "backend",
