@@ -37,20 +37,26 @@ LAYERS: Final = {
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {
         *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
-        "manual",
+        *("manual", "dr.receiver_config"),
     },
-    "chapters": {"source", "access", "restore_vm"},
-    "engines": {"backup", "restore", "estimate", "verify"},
+    "chapters": {
+        *("source", "access", "restore_vm", "dr.failover", "dr.cycle", "dr.failback"),
+    },
+    "engines": {
+        *("backup", "restore", "estimate", "verify", "dr.receiver", "dr.sender"),
+    },
     "top": {
         "",
         "__main__",
         "cli",
         "command_bitmaps",
+        "command_dr",
         "command_receiver",
         "command_repair",
         "command_verify",
         "backend",
         "library",
+        "dr.receiver_main",
     },
 }
 ADAPTERS: Final = "adapters"
@@ -91,11 +97,15 @@ class Import:
 
 
 def layer_of(module: str) -> str:
-    """``pveplug.proto.ptcomm`` -> ``proto``; ``pveplug`` itself is at the top."""
-    name = module.split(".")[1] if "." in module else ""
-    for layer, names in LAYERS.items():
-        if name in names:
-            return layer
+    """``pveplug.proto.ptcomm`` -> ``proto``; ``pveplug`` itself is at the top.
+
+    A module of a package may be in a layer of its own: ``dr.receiver``.
+    """
+    parts = module.split(".")[1:]
+    for name in (".".join(parts[:2]), parts[0] if parts else ""):
+        for layer, names in LAYERS.items():
+            if name in names:
+                return layer
     return ADAPTERS
 
 
@@ -224,6 +234,9 @@ def test_every_source_file_names_its_licence() -> None:
         ("pveplug/qmp.py", "from qemu.qmp import legacy", "that part is GPL"),
         ("pveplug/qmp.py", "def f():\n import qemu.qmp.legacy", "that part is GPL"),
         ("pveplug/errors.py", "import pveplug.qmp", "foundation may not"),
+        ("pveplug/dr/channel.py", "from pveplug.dr import sender", "adapters may not"),
+        ("pveplug/dr/sender.py", "import pveplug.dr.receiver", "engines may not"),
+        ("pveplug/dr/channel.py", "import pveplug.config", "adapters may not"),
     ],
 )
 def test_a_wrong_import_is_found(file: str, source: str, why: str) -> None:
@@ -238,6 +251,8 @@ def test_a_wrong_import_is_found(file: str, source: str, why: str) -> None:
         ("pveplug/cli.py", "from pveplug import backup, restore"),
         ("pveplug/nbd/client.py", "import asyncio\nfrom pveplug.proto import nbd_wire"),
         ("pveplug/images/x.py", "from pveplug.images.clusters import ClusterMap"),
+        ("pveplug/dr/sender.py", "from pveplug.dr.channel import connect"),
+        ("pveplug/dr/sender.py", "from pveplug.dr.cycle import Cycle"),
     ],
 )
 def test_a_right_import_passes(file: str, source: str) -> None:
