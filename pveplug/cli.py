@@ -19,6 +19,7 @@ from pveplug import (
     __version__,
     command_bitmaps,
     command_dr,
+    command_receiver,
     command_repair,
     command_replicas,
     command_verify,
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return command_replicas.run(arguments)
             case "verify":
                 return command_verify.run(arguments)
+            case "receiver":
+                return command_receiver.run(arguments)
     except ConfigError as error:
         return _failed(error, EX_CONFIG)
     except PveplugError as error:
@@ -133,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     command_bitmaps.add_parser(commands)
     command_replicas.add_parser(commands)
     command_dr.add_parser(commands)
+    command_receiver.add_parser(commands)
     return parser
 
 

@@ -52,6 +52,7 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_receiver",
         "command_repair",
         "command_replicas",
         "command_verify",
@@ -235,6 +236,9 @@ def test_every_source_file_names_its_licence() -> None:
         ("pveplug/qmp.py", "from qemu.qmp import legacy", "that part is GPL"),
         ("pveplug/qmp.py", "def f():\n import qemu.qmp.legacy", "that part is GPL"),
         ("pveplug/errors.py", "import pveplug.qmp", "foundation may not"),
+        ("pveplug/dr/channel.py", "from pveplug.dr import sender", "adapters may not"),
+        ("pveplug/dr/sender.py", "import pveplug.dr.receiver", "engines may not"),
+        ("pveplug/dr/channel.py", "import pveplug.config", "adapters may not"),
     ],
 )
 def test_a_wrong_import_is_found(file: str, source: str, why: str) -> None:
@@ -249,6 +253,8 @@ def test_a_wrong_import_is_found(file: str, source: str, why: str) -> None:
         ("pveplug/cli.py", "from pveplug import backup, restore"),
         ("pveplug/nbd/client.py", "import asyncio\nfrom pveplug.proto import nbd_wire"),
         ("pveplug/images/x.py", "from pveplug.images.clusters import ClusterMap"),
+        ("pveplug/dr/sender.py", "from pveplug.dr.channel import connect"),
+        ("pveplug/dr/sender.py", "from pveplug.dr.cycle import Cycle"),
     ],
 )
 def test_a_right_import_passes(file: str, source: str) -> None:

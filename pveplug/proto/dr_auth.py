@@ -312,8 +312,8 @@ class ClientHandshake(_Handshake):
         if self.state is not State.DONE:
             state, self.state = self.state, State.FAILED
             raise TransportError(
-                f"the receiver closed the connection in the handshake ({state.value}); "
-                "its log may say why"
+                f"the receiver closed the connection in the handshake ({state.value}): "
+                "it refused our certificate, or is being stopped. Its log says which"
             )
 
     def _take_challenge(self, payload: Buffer) -> None:

@@ -216,6 +216,9 @@ class FrameReader:
 
     def _decompressed(self, type: int, payload: bytes | memoryview) -> bytes:
         """Decompress within the limit: the size is known before a byte is made."""
+        # Skippable frames have other magics; they would be nothing, at some length.
+        if bytes(payload[:4]) != zstandard.FRAME_HEADER:
+            raise self._broken(f"a frame of type {type} is flagged zstd and isn't")
         try:
             size = zstandard.get_frame_parameters(payload).content_size
             # CONTENTSIZE_UNKNOWN is the largest number there is, so it fails here too.
