@@ -195,7 +195,8 @@ class Demo:
         replica = self._sites.dr.vm(int(found[1]))
         for key, wanted in sums.items():
             path = replica.disk_path(key)
-            told = await asyncio.to_thread(dr_truth.content_sha256, path, found[2])
+            held = await asyncio.to_thread(dr_truth.content, path, found[2])
+            told = held.sha256
             if told != wanted:
                 raise DemoError(f"{path} at {found[2]} is {told}, not {wanted}")
             self._screen.say(
