@@ -5,7 +5,7 @@
 
                  Open            Describe            Disk
     OPENING ───────────► OPENED ──────────► READY ─────────► DISK ─┐ Block, Zero
-                         ▲   │ ▲             │ ▲               │ ◄─┘
+                         ▲   │ ▲             │ ▲               │ ◄─┘ AskDigests
                  Command │   │ │ Command     │ └───────────────┘
      (failback-commit,   │   │ │             │      DiskEnd
       failback-undo)     │   │ └── DONE      │ Commit
@@ -111,6 +111,7 @@ NEXT: Final[Mapping[tuple[At, type[Any]], At]] = {
     (At.READY, Commit): At.APPLIED,
     (At.DISK, Block): At.DISK,
     (At.DISK, Zero): At.DISK,
+    (At.DISK, AskDigests): At.DISK,
     (At.DISK, DiskEnd): At.READY,
     (At.APPLIED, AskDigests): At.APPLIED,
     (At.APPLIED, AskSamples): At.APPLIED,

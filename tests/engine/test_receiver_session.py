@@ -42,7 +42,7 @@ LEGAL = {
     At.OPENING: "Open Bye",
     At.OPENED: "Describe Command Bye",
     At.READY: "AskDigests Disk Commit Bye",
-    At.DISK: "Block Zero DiskEnd Bye",
+    At.DISK: "Block Zero AskDigests DiskEnd Bye",
     At.APPLIED: "AskDigests AskSamples Block Finish Bye",
     At.DONE: "Command Bye",
     At.BACK: "SendBack Command Bye",
