@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 from pveplug.dr.overview import HEALTHY, Overview, overviews
-from pveplug.dr.receiver_config import DEFAULT_STATE
+from pveplug.dr.receiver_config import STATE_ROOT
 from pveplug.dr.store import ReplicaStore
 from pveplug.errors import ConfigError
 from pveplug.units import human
@@ -38,9 +39,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--state-dir",
-        default=DEFAULT_STATE,
         metavar="DIR",
-        help=f"state_dir of the receiver [{DEFAULT_STATE}]",
+        help=f"state_dir of one receiver [those of all below {STATE_ROOT}]",
     )
     parser.add_argument(
         "--stage-dir", default="", metavar="DIR", help="its limits.stage_dir, if set"
@@ -66,18 +66,22 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the directory can't be read.
     """
+    where = Path(arguments.state_dir or STATE_ROOT)
+    found: list[Overview] = []
     try:
-        found = overviews(
-            ReplicaStore(arguments.state_dir),
-            stage_dir=arguments.stage_dir,
-            rpo_s=arguments.rpo,
-        )
+        places = [where] if arguments.state_dir else sorted(where.glob("*/"))
+        for place in places:
+            found += overviews(
+                ReplicaStore(str(place)),
+                stage_dir=arguments.stage_dir,
+                rpo_s=arguments.rpo,
+            )
     except OSError as error:
-        raise ConfigError(f"{arguments.state_dir}: {error.strerror}") from error
+        raise ConfigError(f"{error.filename or where}: {error.strerror}") from error
     if arguments.json:
         sys.stdout.write(json.dumps([one.plain() for one in found], indent=2) + "\n")
     else:
-        sys.stdout.write(table(found) or f"no replica in {arguments.state_dir}\n")
+        sys.stdout.write(table(found) or f"no replica in {where}\n")
     return EX_OK if all(one.health in HEALTHY for one in found) else EX_UNHEALTHY
 
 

@@ -54,8 +54,6 @@ async def boot(
     *,
     timeout_s: float,
     say: Reporter,
-    settle_s: float = SETTLE_S,
-    poll_s: float = POLL_S,
 ) -> Booted:
     """Start a VM, unless it runs, and wait for its guest.
 
@@ -70,7 +68,7 @@ async def boot(
     started = time.monotonic() - began
     say.info(f"VM {vmid} runs after {started:.1f} s")
     agent = has_agent(config)
-    until = began + (timeout_s if agent else min(timeout_s, started + settle_s))
+    until = began + (timeout_s if agent else min(timeout_s, started + SETTLE_S))
     while True:
         if agent and await _answers(api, here, vmid):
             seconds = time.monotonic() - began
@@ -79,7 +77,7 @@ async def boot(
         await _still_runs(api, here, vmid)
         if time.monotonic() >= until:
             break
-        await asyncio.sleep(poll_s)
+        await asyncio.sleep(POLL_S)
     if not agent:
         say.info(f"VM {vmid} has no guest agent configured: it runs, more isn't known")
         return Booted(NO_AGENT, started)

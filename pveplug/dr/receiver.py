@@ -5,7 +5,7 @@
 
                  Open            Describe            Disk
     OPENING ───────────► OPENED ──────────► READY ─────────► DISK ─┐ Block, Zero
-                         ▲   │ ▲             │ ▲               │ ◄─┘
+                         ▲   │ ▲             │ ▲               │ ◄─┘ AskDigests
                  Command │   │ │ Command     │ └───────────────┘
      (failback-commit,   │   │ │             │      DiskEnd
       failback-undo)     │   │ └── DONE      │ Commit
@@ -112,6 +112,7 @@ NEXT: Final[Mapping[tuple[At, type[Any]], At]] = {
     (At.DISK, AskDigests): At.DISK,
     (At.DISK, Block): At.DISK,
     (At.DISK, Zero): At.DISK,
+    (At.DISK, AskDigests): At.DISK,
     (At.DISK, DiskEnd): At.READY,
     (At.APPLIED, AskDigests): At.APPLIED,
     (At.APPLIED, AskSamples): At.APPLIED,
@@ -331,6 +332,12 @@ class Session:
         self._ending = contextlib.AsyncExitStack()
         """Of a failback: the servers of its disks."""
         self._disk = 0
+        self._waiting = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for the sender's next word, with nothing under way."""
+        return self._waiting and self._at not in CYCLE
 
     async def run(self) -> None:
         """Lead the session to its end; nothing is left open, whatever happens.
@@ -505,10 +512,13 @@ class Session:
     # --- the channel -----------------------------------------------------------------
 
     async def _receive(self) -> Message | None:
+        self._waiting = True
         try:
             raw = await self._peer.receive()
         except TransportError as error:
             raise PeerGoneError(str(error)) from error
+        finally:
+            self._waiting = False
         return None if raw is None else decode(raw.type, raw.payload)
 
     async def _send(self, frame: Frame) -> None:
@@ -574,7 +584,7 @@ class Receiver:
         """May be changed while it runs; sessions that are open stay."""
         self._services = services
         self._meter: Meter = meter or NullMeter()
-        self._sessions: set[asyncio.Task[None]] = set()
+        self._sessions: dict[asyncio.Task[None], Session] = {}
         self._closing = False
 
     @property
@@ -597,16 +607,22 @@ class Receiver:
                 await peer.send(Refusal("busy", text))
             return
         task = asyncio.current_task() or _no_task()
-        self._sessions.add(task)
+        self._sessions[task] = Session(peer, self._services, self._meter)
         try:
-            await Session(peer, self._services, self._meter).run()
+            await self._sessions[task].run()
         finally:
-            self._sessions.discard(task)
+            del self._sessions[task]
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no more senders and wait for those there are; returns who is left."""
+        """Take no more senders and let those there are end; returns who is left.
+
+        Who has nothing under way is ended at once.
+        """
         self._closing = True
-        waiting = self._sessions - {asyncio.current_task()}
+        for task, session in self._sessions.items():
+            if session.idle:
+                task.cancel()
+        waiting = self._sessions.keys() - {asyncio.current_task()}
         if waiting:
             await asyncio.wait(waiting, timeout=timeout_s)
         return len(self._sessions)

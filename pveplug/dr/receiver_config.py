@@ -35,10 +35,13 @@ from pveplug.values import (
 )
 
 DEFAULT_PORT: Final = 9190
-DEFAULT_STATE: Final = "/var/lib/podheitor-proxmox/replicas"
+STATE_ROOT: Final = "/var/lib/podheitor-proxmox/receiver"
+"""Each receiver's ``state_dir`` is below it, under its name, unless it says more."""
 _PORT_MAX: Final = 65535
 _NAME: Final = matching(
-    "receiver", "[a-z0-9][a-z0-9-]{0,31}", "lower-case letters, digits and hyphens"
+    "receiver",
+    "[A-Za-z0-9][A-Za-z0-9_.-]{0,39}",
+    "letters, digits, '-', '_' and '.', at most 40",
 )
 
 
@@ -137,6 +140,8 @@ def parse_receiver(found: Mapping[str, Any], node: Node) -> ReceiverConfig:
         values[key.field] = _value(
             key, given.get(key.name, key.default if default is None else default)
         )
+    if not values["state_dir"]:
+        values["state_dir"] = f"{STATE_ROOT}/{values['name']}"
     if not (values["token_file"] or values["ca_file"]):
         raise ConfigError(
             "neither auth.token_file nor auth.ca_file is set: nobody could be told "
@@ -281,8 +286,9 @@ KEYS: Final = (
     Key("bind", "bind", "0.0.0.0", _required(_address), "address to listen on"),  # noqa: S104 - a service; TLS and a token guard it
     Key("port", "port", DEFAULT_PORT, _integer(1, _PORT_MAX), "TCP port"),
     Key(
-        *("state_dir", "state_dir", DEFAULT_STATE, _required(_path)),
-        "records of the replicas; must survive a reboot, mode 0700",
+        *("state_dir", "state_dir", "", _optional(_path)),
+        "records of the replicas; must survive a reboot, mode 0700; empty: NAME below "
+        f"{STATE_ROOT}",
     ),
     Key(
         *("tls.cert", "cert_file", None, _required(_path)),
@@ -340,7 +346,7 @@ KEYS: Final = (
         "restore points younger than this are kept, whoever asks",
     ),
     Key(
-        *("limits.sessions", "sessions", 8, _integer(1, 64)),
+        *("limits.sessions", "sessions", 16, _integer(1, 64)),
         "senders served at a time",
     ),
     Key(

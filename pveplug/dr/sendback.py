@@ -13,7 +13,7 @@ from typing import Final
 
 from pveplug.dr.provision import Site
 from pveplug.dr.store import ReplicaError, Volume
-from pveplug.errors import RemoteProtocolError
+from pveplug.errors import PveplugError, RemoteProtocolError
 from pveplug.nbd.client import NbdClient, connect
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.proto.dr_digest import leaf_digest
@@ -139,11 +139,8 @@ async def serve(
 ) -> NbdClient:
     """Open a volume read only, or a snapshot within a qcow2, until the stack ends."""
     local = site.local
-
-    async def deactivate() -> None:
-        await local.deactivate(volume.volid)
-
-    await local.activate(volume.volid, lambda: _push(stack, deactivate))
+    if await local.activate(volume.volid):
+        stack.push_async_callback(_deactivate, site, volume.volid)
     address = await stack.enter_async_context(
         qemu_nbd(
             site.node,
@@ -159,8 +156,9 @@ async def serve(
     return client
 
 
-def _push(stack: contextlib.AsyncExitStack, callback: object) -> None:
-    stack.push_async_callback(callback)  # type: ignore[arg-type]
+async def _deactivate(site: Site, volid: str) -> None:
+    with contextlib.suppress(PveplugError):
+        await site.local.deactivate(volid)
 
 
 async def same(site: Site, volume: Volume, snapshot: str) -> bool | None:

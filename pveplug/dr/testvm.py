@@ -172,7 +172,8 @@ class TestVm:
         volid = await site.api.allocate_volume(
             site.here, storage, self.vmid, name, volume.size, "qcow2"
         )
-        await local.activate(volume.volid, lambda: self._active.append(volume.volid))
+        if await local.activate(volume.volid):
+            self._active.append(volume.volid)
         base = await local.volume_path(volume.volid)
         where = await local.volume_path(volid)
         # What PVE has allocated is replaced by an image that reads through to the

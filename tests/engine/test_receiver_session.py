@@ -42,7 +42,7 @@ LEGAL = {
     At.OPENING: "Open Bye",
     At.OPENED: "Describe Command Bye",
     At.READY: "AskDigests Disk Commit Bye",
-    At.DISK: "Block Zero DiskEnd Bye",
+    At.DISK: "Block Zero AskDigests DiskEnd Bye",
     At.APPLIED: "AskDigests AskSamples Block Finish Bye",
     At.DONE: "Command Bye",
     At.BACK: "SendBack Command Bye",
@@ -344,14 +344,17 @@ async def test_one_sender_too_many_is_told_the_limit():
     assert receiver.sessions == 0
 
 
-async def test_draining_waits_for_sessions_and_takes_no_more():
+async def test_draining_ends_who_is_idle_and_waits_for_the_others():
     receiver = Receiver(FakeServices(), 4)
-    quick, slow = FakePeer(OPEN, wait=True), FakePeer(*CYCLE[:4], wait=True)
-    tasks = [asyncio.create_task(receiver.serve(peer)) for peer in (quick, slow)]
-    await quick.taken.wait()
-    await slow.taken.wait()
+    idle, quick, slow = (
+        FakePeer(*said, wait=True) for said in ((OPEN,), CYCLE[:4], CYCLE[:4])
+    )
+    tasks = [asyncio.create_task(receiver.serve(peer)) for peer in (idle, quick, slow)]
+    for peer in (idle, quick, slow):
+        await peer.taken.wait()
     asyncio.get_running_loop().call_later(0.01, quick.hang_up)
     assert await receiver.drain(0.2) == 1
+    assert [task.done() for task in tasks] == [True, True, False]
     late = FakePeer(OPEN)
     await receiver.serve(late)
     assert "being stopped" in late.refusal.text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pveplug.cli import main
 from pveplug.dr.receiver_config import (
     KEYS,
     ReceiverConfig,
@@ -41,7 +42,9 @@ def test_what_a_file_leaves_out_has_its_default():
     assert (config.name, config.bind, config.port) == ("main", "0.0.0.0", 9190)
     assert config.stage_dir == ""
     assert config.keep_free == 1024 * MiB
-    assert config.sessions == 8
+    assert config.sessions == 16
+    assert config.state_dir == "/var/lib/podheitor-proxmox/receiver/main"
+    assert parsed(name="dr2").state_dir == "/var/lib/podheitor-proxmox/receiver/dr2"
     assert config.pve_fingerprints == ()
     assert (config.retention_min, config.retention_lock_days) == (1, 0)
 
@@ -88,7 +91,7 @@ def test_every_key_is_a_field_and_every_field_a_key():
         ({"replicas": {"bridge_map": "a:b,a:c"}}, "replicas.bridge_map maps a twice"),
         ({"retention": {"min": 0}}, "retention.min must be a whole number from 1"),
         ({"metrics": {"port": 9190}}, "metrics.port and port are both 9190"),
-        ({"name": "A b"}, "name must be lower-case letters"),
+        ({"name": "A b"}, "name must be letters, digits"),
     ],
 )
 def test_a_wrong_key_is_said_with_its_name(tables, said):
@@ -118,6 +121,16 @@ def test_the_file_is_named_in_every_complaint(tmp_path):
     path.write_text("port = 0")
     with pytest.raises(ConfigError, match=r"receiver-x\.toml: "):
         load_receiver(path, Node())
+
+
+def test_what_receiver_init_writes_is_read(tmp_path, capsys):
+    assert main(["receiver", "init", "--dir", str(tmp_path), "--name", "dr"]) == 0
+    (tmp_path / "receiver-dr.pve-secret").write_text("s3cret")
+    (tmp_path / "receiver-dr.pve-secret").chmod(0o600)
+    config = load_receiver(tmp_path / "receiver-dr.toml", Node())
+    config.check_files()
+    assert config.name == "dr"
+    assert config.token() is not None
 
 
 def files(tmp_path):
