@@ -17,10 +17,12 @@ deleted or gone back to. We lift it for as long as we remove something ourselves
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 from pveplug.dr.store import Record, ReplicaError, Volume
@@ -33,6 +35,7 @@ from pveplug.errors import (
     TransportError,
 )
 from pveplug.events import Reporter
+from pveplug.journal import VmBusyError
 from pveplug.node import Node
 from pveplug.proto.dr_frames import Describe, Open
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
@@ -62,6 +65,8 @@ SNAPSHOT_FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(("lvmthin", "zfspool", "zfs", "rbd"), ("raw",)),
 }
 _RESIZE_S: Final = 120.0
+_LOCK_WAIT_S: Final = 60.0
+_LOCK_POLL_S: Final = 0.5
 _MANAGED: Final = frozenset({"onboot", "protection", "tags", "description", "smbios1"})
 
 Save = Callable[[], Awaitable[None]]
@@ -101,13 +106,17 @@ class Plan:
     Attributes:
         params: configuration without disks; ``late``: what names disks.
         disks: by key.
+        sizes: bytes of the source's disks; a volume may have more.
         said: what is worth telling, as (kind, text).
+        firewall: its rules, as PVE stores them.
     """
 
     params: Mapping[str, str]
     late: Mapping[str, str]
     disks: Mapping[str, DiskPlan]
+    sizes: Mapping[str, int]
     said: tuple[tuple[str, str], ...]
+    firewall: str | None
 
 
 @contextlib.contextmanager
@@ -132,6 +141,8 @@ def code_of(error: PveplugError) -> str:
             return "storage"
         case CommandError() if "No space left" in error.stderr:
             return "space"
+        case VmBusyError():
+            return "busy"
         case NbdError():
             return "storage"
         case ConfigError():
@@ -205,7 +216,8 @@ async def plan_replica(
     params["description"] = _description(record, opening, found.params)
     said = [("info", f"{key} is not taken over: {why}") for key, why in found.dropped]
     said += [("warning", text) for text in found.warnings]
-    return Plan(params, late, disks, tuple(said))
+    sizes = {disk.key: disk.size for disk in describe.disks}
+    return Plan(params, late, disks, sizes, tuple(said), describe.firewall)
 
 
 def _description(record: Record, opening: Open, params: Mapping[str, str]) -> str:
@@ -303,6 +315,7 @@ class Provisioner:
         self._save = save
         self._say = say
         self._unprotected = False
+        self.lock_wait_s = _LOCK_WAIT_S
 
     # --- the VM ----------------------------------------------------------------------
 
@@ -393,15 +406,49 @@ class Provisioner:
                 "identity",
                 f"the replica VM {self._record.vmid} is gone from node "
                 f"{self._site.here}, or is another VM now",
-                remedy="if it was removed on purpose, or its notes edited: 'pveplug "
-                "replicas forget', then seed again.",
+                remedy="was it removed, moved to another node, or its notes' first line "
+                "edited? Put that right; to begin anew, have the receiver forget "
+                "the replica and seed again.",
             )
+        config = await self._unlocked(config)
         await self._free_pending(config)
         await self._keys(plan, config)
         await self._remove(plan, config)
         for key, disk in plan.disks.items():
-            await self._disk(key, disk, config)
+            await self._disk(key, disk, plan.sizes[key], config)
         await self._late(plan)
+        if plan.firewall is not None:
+            await asyncio.to_thread(self._firewall, plan.firewall)
+
+    async def _unlocked(self, config: dict[str, str]) -> dict[str, str]:
+        """Wait until PVE has ended what it does with the VM.
+
+        A task goes on when whoever asked for it was killed.
+        """
+        until = asyncio.get_running_loop().time() + self.lock_wait_s
+        while lock := config.get("lock"):
+            if asyncio.get_running_loop().time() >= until:
+                raise ReplicaError(
+                    "pve",
+                    f"the replica VM {self._record.vmid} is locked ({lock})",
+                    remedy="let that operation end; if it died, 'qm unlock "
+                    f"{self._record.vmid}' on {self._site.here}.",
+                )
+            await asyncio.sleep(_LOCK_POLL_S)  # PVE tells nobody that a lock has gone
+            config = await self.config() or {}
+        return config
+
+    def _firewall(self, rules: str) -> None:
+        path = Path(self._site.node.firewall_dir) / f"{self._record.vmid}.fw"
+        try:
+            data = rules.encode("utf-8", "surrogateescape")
+            if not path.exists() or path.read_bytes() != data:
+                path.write_bytes(data)
+        except OSError as error:
+            self._say.warning(
+                f"VM {self._record.vmid}: its firewall rules could not be written to "
+                f"{path}: {error.strerror or error}"
+            )
 
     async def _keys(self, plan: Plan, config: Mapping[str, str]) -> None:
         changed = {
@@ -425,44 +472,55 @@ class Provisioner:
     async def _remove(self, plan: Plan, config: Mapping[str, str]) -> None:
         """Detach what the source has no more; the volumes stay for their points."""
         for key, volume in list(self._record.disks.items()):
-            disk = plan.disks.get(key)
-            if disk is not None and disk.size >= volume.size:
+            if key in plan.disks and plan.sizes[key] >= volume.size:
                 continue
             if volume.volid not in self._record.retired:
                 self._record.retired.append(volume.volid)
                 await self._save()
-            if key in config and parse_drive(key, config[key]).file == volume.volid:
-                await self._unprotect(config)
-                await self._put({}, [key])
+            if _file(config, key) == volume.volid:
+                await self._detach(key, config)
             del self._record.disks[key]
             self._record.seeded.pop(key, None)
             await self._save()
+        for drive in drives(config):
+            if drive.file in self._record.pending and drive.key not in plan.disks:
+                self._record.retired.append(drive.file)
+                await self._detach(drive.key, config)
+                self._record.pending.remove(drive.file)
+                await self._save()
 
-    async def _disk(self, key: str, disk: DiskPlan, config: Mapping[str, str]) -> None:
+    async def _detach(self, key: str, config: Mapping[str, str]) -> None:
+        await self._unprotect(config)
+        await self._put({}, [key])
+
+    async def _disk(
+        self, key: str, disk: DiskPlan, size: int, config: Mapping[str, str]
+    ) -> None:
         volume = self._record.disks.get(key)
-        there = parse_drive(key, config[key]) if key in config else None
         if volume is None:
-            await self._attach_new(key, disk, there)
+            await self._attach_new(key, disk, size, _file(config, key))
             return
         value = disk.drive_value(volume.volid)
-        if (
-            there is None
-            or there.file != volume.volid
-            or _options(there) != _options(parse_drive(key, value))
-        ):
+        if _file(config, key) != volume.volid or _options(
+            parse_drive(key, config[key])
+        ) != _options(parse_drive(key, value)):
             await self._put({key: value})
-        if disk.size > volume.size:
+        if size > volume.size:
             await self._resize(key, disk, volume)
+            volume.size = size
+            await self._save()
 
-    async def _attach_new(self, key: str, disk: DiskPlan, there: Drive | None) -> None:
+    async def _attach_new(
+        self, key: str, disk: DiskPlan, size: int, there: str
+    ) -> None:
         """Give the VM a volume that reads as zeroes."""
-        if there is not None and not there.is_cdrom:
+        if there in self._record.pending:
             # Attached by us a moment before we died; nothing is in it yet.
-            volid = there.file
+            volid = there
         else:
             volid = await self._allocate(disk)
             await self._put({key: disk.drive_value(volid)})
-        self._record.disks[key] = Volume(volid, disk.size, disk.format, disk.storage)
+        self._record.disks[key] = Volume(volid, size, disk.format, disk.storage)
         self._record.storage = self._record.storage or disk.storage
         if volid in self._record.pending:
             self._record.pending.remove(volid)
@@ -491,13 +549,13 @@ class Provisioner:
         """Free what was allocated, and never attached, before we died."""
         attached = {drive.file for drive in drives(config)}
         for volid in list(self._record.pending):
-            if volid not in attached:
-                storage = volid.partition(":")[0]
-                there = await self._api.volumes(
-                    self._site.here, storage, vmid=self._record.vmid
-                )
-                if any(v.volid == volid for v in there):
-                    await self._api.delete_volume(self._site.here, volid)
+            if volid in attached:
+                continue
+            there = await self._api.volumes(
+                self._site.here, volid.partition(":")[0], vmid=self._record.vmid
+            )
+            if any(v.volid == volid for v in there):
+                await self._api.delete_volume(self._site.here, volid)
             self._record.pending.remove(volid)
             await self._save()
 
@@ -515,8 +573,6 @@ class Provisioner:
             await run([*argv, where, str(disk.size)], timeout_s=_RESIZE_S)
             # PVE reads the size anew when the drive is set.
             await self._put({key: disk.drive_value(volume.volid)})
-        volume.size = disk.size
-        await self._save()
 
     async def _late(self, plan: Plan) -> None:
         config = await self.config() or {}
@@ -584,6 +640,11 @@ class Provisioner:
 
 def _allocates(value: str) -> bool:
     return value.endswith(":cloudinit")
+
+
+def _file(config: Mapping[str, str], key: str) -> str:
+    """Return the volume that a configuration has at a key, or nothing."""
+    return parse_drive(key, config[key]).file if key in config else ""
 
 
 def _options(drive: Drive) -> dict[str, str]:

@@ -60,6 +60,7 @@ from pveplug.dr.store import (
 from pveplug.dr.volumes import Volumes
 from pveplug.errors import IntegrityError, PveplugError, RemoteProtocolError
 from pveplug.events import NullReporter, Reporter
+from pveplug.journal import own_vm
 from pveplug.nbd.client import NbdClient
 from pveplug.proto.dr_digest import (
     ZERO_DIGEST,
@@ -113,6 +114,7 @@ _READ: Final = 4 * MiB
 _INLINE: Final = 64 * KiB
 """Hashing more than that is worth a thread."""
 _GIVE_UP_S: Final = 30.0
+_OWN_WAIT_S: Final = 60.0
 
 
 # --- pure decisions ------------------------------------------------------------------
@@ -128,6 +130,8 @@ def admit(record: Record, opening: Open) -> None:
         return
     _check_epoch(record, opening)
     where = f"the replica (VM {record.vmid})"
+    if record.role == "seeding" and record.intent is not None and record.intent.seed:
+        return  # its restore point is all that is missing: apply_pending takes it
     match record.role, opening.mode:
         case "active", _:
             raise ReplicaError(
@@ -313,6 +317,8 @@ class Replica:
         self._flushing: asyncio.Task[None] | None = None
         self._flushed_at = 0.0
         self._unflushed = 0
+        self._owning = contextlib.AsyncExitStack()
+        self._owned = 0
 
     # --- what is known ---------------------------------------------------------------
 
@@ -352,6 +358,13 @@ class Replica:
         self._say = say
         if self._session is not None:
             raise ReplicaError("protocol", "a cycle has begun already")
+        seed = self.opening.mode == "seed"
+        if self.record.role not in (("none", "seeding") if seed else ("standby",)):
+            raise ReplicaError(
+                "role",
+                f"the replica (VM {self.vmid}) is {self.record.role}",
+                remedy="run mode=incremental." if seed else "",
+            )
         _check_describe(describe)
         plan = await plan_replica(self.site, self.record, self.opening, describe)
         record = self.record
@@ -363,7 +376,6 @@ class Replica:
             consistency=describe.consistency,
             sizes={disk.key: disk.size for disk in describe.disks},
         )
-        seed = self.opening.mode == "seed"
         fresh = self._fresh(describe)
         self._session = _Session(describe, plan, seed, item, time.monotonic(), fresh)
         if seed:
@@ -389,7 +401,7 @@ class Replica:
 
     async def _begin_seed(self, session: _Session) -> None:
         record, describe = self.record, session.describe
-        self._must_be_off()
+        await self._own()
         # Nothing durable yet: what changed since an earlier try doesn't matter.
         if record.seed_cycle is None or not any(record.seeded.values()):
             record.seed_cycle = describe.cycle
@@ -404,6 +416,7 @@ class Replica:
                 await making.create(
                     session.plan, self.opening.target_vmid, self.opening.vmid
                 )
+                await self._own()
                 await making.ensure(session.plan)
                 await self._must_snapshot()
         except BaseException:
@@ -651,7 +664,7 @@ class Replica:
 
     async def _apply(self, item: Staged, whole: Stage, plan: Plan | None) -> None:
         """Make the VM and its disks those of a verified stage; may be done again."""
-        self._must_be_off()
+        await self._own()
         if plan is None:
             opening, describe = _from_meta(whole)
             plan = await plan_replica(self.site, self.record, opening, describe)
@@ -674,6 +687,21 @@ class Replica:
         except BaseException:
             await to_the_end(self.volumes.drop())
             raise
+
+    async def _own(self) -> None:
+        """Keep backup and restore jobs of ours off the VM until :meth:`_disown`."""
+        if self.vmid and self._owned != self.vmid:
+            await self._disown()
+            with translated(f"the replica VM {self.vmid}"):
+                await self._owning.enter_async_context(
+                    own_vm(self.site.node.state_dir, self.vmid, _OWN_WAIT_S)
+                )
+            self._owned = self.vmid
+        self._must_be_off()
+
+    async def _disown(self) -> None:
+        self._owned = 0
+        await self._owning.aclose()
 
     def _must_be_off(self) -> None:
         if self.vmid and self.site.local.vm_running(self.vmid) is not None:
@@ -795,6 +823,7 @@ class Replica:
         self._session = None
         if point is not None:
             await self._rotate()
+        await self._disown()
         return Done(item.cycle, record.epoch, point, tuple(record.points))
 
     async def _take_point(self, item: Staged, report: Report | None = None) -> Point:
@@ -830,13 +859,9 @@ class Replica:
         return point
 
     async def _snapshot(self, item: Staged) -> None:
+        if await self._taken(item):
+            return
         api, here, vmid = self.site.api, self.site.here, self.record.vmid
-        there = {s.name for s in await api.snapshot_list(here, vmid)}
-        if item.snapshot in there:
-            found = await api.snapshot_config(here, vmid, item.snapshot)
-            if "snapstate" not in found.values:
-                return  # taken by an attempt whose answer was lost
-            await api.snapshot_delete(here, vmid, item.snapshot, force=True)
         text = (
             f"Restore point of cycle {item.cycle}, "
             f"{item.consistency or 'unknown'} ({self.record.link}). "
@@ -852,6 +877,20 @@ class Replica:
             warnings = []
         for line in warnings:
             self._say.warning(f"VM {vmid}: {line}")
+
+    async def _taken(self, item: Staged) -> bool:
+        """Whether an attempt whose end nobody heard of has taken the snapshot."""
+        api, here, vmid = self.site.api, self.site.here, self.record.vmid
+        if not item.snapshot:
+            return False
+        with translated(f"restore point {item.snapshot}"):
+            if item.snapshot not in await api.snapshots(here, vmid):
+                return False
+            found = await api.snapshot_config(here, vmid, item.snapshot)
+            if "snapstate" not in found.values:
+                return True
+            await api.snapshot_delete(here, vmid, item.snapshot, force=True)
+        return False
 
     async def _drop_half(self, name: str) -> None:
         """Remove a snapshot that PVE began and didn't end."""
@@ -913,13 +952,14 @@ class Replica:
                 break
             done = True
         self._drop_orphans()
-        if done:
-            await self._rotate()
+        await self._disown()
+        if done and self.opening.mode in CYCLE_MODES:
+            await self._rotate()  # others don't say how many points are wanted
         return done
 
     async def _redo(self, item: Staged) -> bool:
         """Apply an intent again and take its restore point."""
-        if not item.seed:
+        if not item.seed and not await self._taken(item):
             path = self._stage_path(item)
             try:
                 whole = await verify(path)
@@ -941,7 +981,7 @@ class Replica:
             raise ReplicaError(
                 "integrity", f"cycle {item.cycle} can't be applied: {why}"
             )
-        self._must_be_off()
+        await self._own()
         newest = record.points[-1]
         with translated(f"going back to restore point {newest.name}"):
             await site.api.rollback(site.here, record.vmid, newest.name)
@@ -1029,6 +1069,7 @@ class Replica:
     async def aclose(self) -> None:
         """Abandon what has not ended and close every volume."""
         await self.abandon()
+        await self._disown()
 
     def _running(self) -> _Session:
         session = self._session
