@@ -195,9 +195,13 @@ class Backup:
                 for watching in self._watches(opened):
                     side.append(tasks.create_task(watching, name="scratch"))
                 told = comparing(self._session, f"VM {vmid}", tier.progress, every_s)
-                side.append(tasks.create_task(told, name="comparing"))
-                disks = await self._scan_all(opened, tier, stack)
-                side.pop().cancel()
+                comparison = tasks.create_task(told, name="comparing")
+                disks: list[_Disk] = []
+                if self._limit.pace.budget_s and "qemu" in opened.versions:
+                    pacing = self._keep_pace(opened, tier, disks)
+                    side.append(tasks.create_task(pacing, name="pace"))
+                disks += await self._scan_all(opened, tier, stack)
+                comparison.cancel()
                 progress = reporting(
                     self._session,
                     f"VM {vmid}",
@@ -205,9 +209,6 @@ class Backup:
                     every_s,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
-                if self._limit.pace.budget_s and "qemu" in opened.versions:
-                    pacing = self._keep_pace(opened, disks)
-                    side.append(tasks.create_task(pacing, name="pace"))
                 layout = await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
@@ -230,12 +231,18 @@ class Backup:
             yield watch_answers(vmid, opened.fleeced, bound_s)
 
     def _keep_pace(
-        self, opened: Opened, disks: list[_Disk]
+        self, opened: Opened, tier: Tier, disks: list[_Disk]
     ) -> Coroutine[Any, Any, None]:
+        """Pace all reading, from the first comparison on; ``disks`` may come later."""
+
+        def read() -> int:
+            compared = sum(progress.read for _, progress in tier.progress)
+            return compared + sum(disk.stream.progress.read for disk in disks)
+
         return keep_pace(
             self._node.qmp_socket(opened.vm.vmid),
             self._limit.pace,
-            lambda: sum(disk.stream.progress.read for disk in disks),
+            read,
             f"VM {opened.vm.vmid}",
             self._session,
         )
