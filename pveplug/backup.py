@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,9 +62,8 @@ from pveplug.parameters import restore_template
 from pveplug.progress import comparing, reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
-from pveplug.scratch import watch_answers, watch_space
 from pveplug.selection import VmSummary
-from pveplug.source import Opened, ReadableDisk, open_vm
+from pveplug.source import Opened, ReadableDisk, open_vm, watched
 from pveplug.tasks import first_failure
 from pveplug.tier import Tier
 from pveplug.units import KiB
@@ -189,11 +188,10 @@ class Backup:
             stack.callback(tier.drop)
             if self._config.capture.compare:
                 await tier.open(opened.uuid)
-            async with first_failure() as tasks:
+            # Watched from the first moment: the guest's writes depend on it.
+            bound_s = self._config.capture.cbw_timeout
+            async with watched(opened, bound_s), first_failure() as tasks:
                 side = []
-                # From the first moment: the guest's writes depend on it.
-                for watching in self._watches(opened):
-                    side.append(tasks.create_task(watching, name="scratch"))
                 told = comparing(self._session, f"VM {vmid}", tier.progress, every_s)
                 comparison = tasks.create_task(told, name="comparing")
                 disks: list[_Disk] = []
@@ -221,14 +219,6 @@ class Backup:
             f"VM {opened.vm.vmid} ({opened.vm.name}) is in this job, "
             f"{opened.consistency}"
         )
-
-    def _watches(self, opened: Opened) -> Iterator[Coroutine[Any, Any, None]]:
-        vmid = opened.vm.vmid
-        if opened.counted:
-            yield watch_space(vmid, opened.counted)
-        if opened.fleeced:
-            bound_s = self._config.capture.cbw_timeout
-            yield watch_answers(vmid, opened.fleeced, bound_s)
 
     def _keep_pace(
         self, opened: Opened, tier: Tier, disks: list[_Disk]
