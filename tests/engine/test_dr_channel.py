@@ -950,6 +950,32 @@ async def test_what_was_sent_before_closing_arrives(certs):
     assert got == [MiB] * 3
 
 
+@pytest.mark.parametrize("count", [1, 4], ids=["all of it here", "reading has paused"])
+@both_loops
+async def test_who_reads_late_still_gets_all_and_the_end(certs, count):
+    go, got = asyncio.Event(), []
+
+    async def late(channel):
+        await go.wait()
+        while (frame := await channel.receive()) is not None:
+            got.append(len(frame.payload))
+        got.append(None)
+
+    async with joined(certs, late) as (channel, there):
+        for _ in range(count):
+            await channel.send_raw(9, os.urandom(MiB))
+        await until(lambda: there.handler.channels)
+        peer = there.handler.channels[0]
+        closing = asyncio.create_task(channel.aclose())
+        await until(lambda: peer.received_bytes > min(count, 2) * MiB)
+        if count == 1:
+            await closing  # the connection is gone before anybody has asked
+        go.set()
+        await closing
+        await until(lambda: got and got[-1] is None)
+    assert got == [MiB] * count + [None]
+
+
 @both_loops
 async def test_a_closed_channel_says_so(certs):
     async with joined(certs) as (channel, _):
