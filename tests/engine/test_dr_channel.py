@@ -847,11 +847,11 @@ async def test_frames_of_every_size_come_back(certs):
         b"",
         b"x",
         text * 200,
-        os.urandom(70_000),
         (text * (MiB // len(text) + 1))[:MiB],
         (text * (MiB // len(text) + 1))[:MiB],  # by now in a thread
-        os.urandom(MiB),
         bytes(MiB + 65536),
+        os.urandom(70_000),
+        os.urandom(MiB),
     ]
     async with joined(certs) as (channel, there):
         for payload in payloads:
@@ -861,6 +861,30 @@ async def test_frames_of_every_size_come_back(certs):
         assert channel.sent_bytes == peer.received_bytes
         assert channel.received_bytes == peer.sent_bytes
         assert MiB < channel.sent_bytes < 1.2 * MiB
+
+
+@both_loops
+async def test_what_never_shrinks_is_seldom_tried(certs, monkeypatch):
+    tried = []
+
+    def spy(type, *buffers, compress=False, **options):
+        tried.append(compress)
+        return encode_frame(type, *buffers, compress=compress, **options)
+
+    monkeypatch.setattr("pveplug.dr.channel.encode_frame", spy)
+
+    async def sink(channel):
+        while await channel.receive() is not None:
+            pass
+
+    async with joined(certs, sink) as (channel, _):
+        for _ in range(100):
+            await channel.send_raw(9, os.urandom(5000), compress=True)
+        assert 5 <= sum(tried) <= 11
+        before = channel.sent_bytes
+        for _ in range(116):
+            await channel.send_raw(9, bytes(5000), compress=True)
+        assert channel.sent_bytes - before < 15 * 5100 + 116 * 100
 
 
 @both_loops
