@@ -112,7 +112,6 @@ NEXT: Final[Mapping[tuple[At, type[Any]], At]] = {
     (At.DISK, AskDigests): At.DISK,
     (At.DISK, Block): At.DISK,
     (At.DISK, Zero): At.DISK,
-    (At.DISK, AskDigests): At.DISK,
     (At.DISK, DiskEnd): At.READY,
     (At.APPLIED, AskDigests): At.APPLIED,
     (At.APPLIED, AskSamples): At.APPLIED,

@@ -21,14 +21,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import zstandard
+from isal.isal_zlib import crc32  # 13 GB/s; zlib's 3 are a third of a frame's cost
 
 from pveplug.errors import LocalProtocolError, RemoteProtocolError
 from pveplug.units import KiB, MiB
-
-try:  # 13 GB/s; zlib's 3 GB/s are a third of what a frame costs
-    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]
-except ImportError:
-    from zlib import crc32
 
 Buffer = bytes | bytearray | memoryview
 
