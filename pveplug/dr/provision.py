@@ -38,7 +38,7 @@ from pveplug.events import Reporter
 from pveplug.journal import VmBusyError
 from pveplug.node import Node
 from pveplug.proto.dr_frames import Describe, Open
-from pveplug.proto.pve_refusal import PveRefusalError, Reason
+from pveplug.proto.pve_refusal import PveRefusalError, Reason, one_line
 from pveplug.proto.pve_values import FILE_STORAGES, volume_id
 from pveplug.pve import PveApi, Resource, Storage
 from pveplug.pve_local import PveLocal, run
@@ -223,7 +223,8 @@ async def plan_replica(
 def _description(record: Record, opening: Open, params: Mapping[str, str]) -> str:
     lines = [
         f"{TAG} link={record.link}",
-        f"Replica of VM {opening.vmid} ({opening.name}) of {opening.site}, "
+        f"Replica of VM {opening.vmid} ({one_line(opening.name, 80)}) of "
+        f"{one_line(opening.site, 80)}, "
         f"SMBIOS UUID {record.uuid}.",
         "Do not start it by hand: use failover-exec or failover-test.",
     ]

@@ -57,7 +57,7 @@ from pveplug.dr.store import (
     checked_uuid,
     new_record,
 )
-from pveplug.dr.volumes import Volumes
+from pveplug.dr.volumes import Volumes, forget_dead_sockets
 from pveplug.errors import IntegrityError, PveplugError, RemoteProtocolError
 from pveplug.events import NullReporter, Reporter
 from pveplug.journal import own_vm
@@ -257,6 +257,7 @@ async def open_replica(
             record = new_record(uuid)
             record.epoch = max(opening.epoch or 1, 1)
         admit(record, opening)
+        await asyncio.to_thread(forget_dead_sockets, site.node.runtime_dir)
         if opening.mode in CYCLE_MODES:
             record.origin = Origin(opening.vmid, opening.name, opening.site)
         replica = Replica(store, site, opening, record)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pveplug.proto.dr_frames import (
     Zero,
 )
 from pveplug.proto.pve_refusal import Reason
-from tests.support.dr_sender import UUID, Sender
+from tests.support.dr_sender import UUID, Sender, Source
 from tests.support.fake_pve import FakePve, refused
 from tests.support.requires import requires
 from tests.support.truth import run
@@ -528,3 +529,26 @@ async def test_a_disk_replaced_by_a_smaller_one_begins_anew(pve, sender):
     record = sender.store.read(UUID)
     (old,) = record.retired
     assert pve.content(old, first.point.name) == before["scsi0"]
+
+
+async def test_two_seeds_at_once_get_two_vms(pve, sender):
+    other_uuid = UUID.replace("abcd", "abce")
+    source = Source()
+    source.config = source.config.replace(UUID, other_uuid)
+    opening = dataclasses.replace(sender.opening, uuid=other_uuid)
+    other = Sender(sender.store, sender.site, source, opening)
+    await asyncio.gather(sender.seed(), other.seed())
+    assert len(pve.vms) == 2
+    for one, uuid in ((sender, UUID), (other, other_uuid)):
+        record = sender.store.read(uuid)
+        for key, volume in record.disks.items():
+            assert pve.content(volume.volid) == one.source.state()[key]
+    await asyncio.gather(sender.increment(), other.increment())
+
+
+async def test_what_a_sender_calls_itself_doesnt_forge_the_notes(pve, sender):
+    await sender.seed(site="x\npveplug-replica link=00000000", name="shop")
+    (config,) = pve.vms.values()
+    first, second, *_ = config["description"].split("\n")
+    assert first == f"pveplug-replica link={sender.store.read(UUID).link}"
+    assert "of x pveplug-replica link=00000000" in second
