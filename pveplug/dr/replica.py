@@ -45,6 +45,7 @@ from pveplug.dr.provision import (
     plan_replica,
     translated,
 )
+from pveplug.dr.reading import digest_window, read_padded, zero_digests
 from pveplug.dr.stage import Stage, StageSpaceError, StageWriter, frames, verify
 from pveplug.dr.store import (
     Origin,
@@ -61,13 +62,9 @@ from pveplug.dr.volumes import Volumes, forget_dead_sockets
 from pveplug.errors import IntegrityError, PveplugError, RemoteProtocolError
 from pveplug.events import NullReporter, Reporter
 from pveplug.journal import own_vm
-from pveplug.nbd.client import NbdClient
 from pveplug.proto.dr_digest import (
-    ZERO_DIGEST,
     RunDigest,
     fnv1a_64,
-    leaf_digest,
-    leaf_digests,
 )
 from pveplug.proto.dr_frames import (
     DIGEST_SIZE,
@@ -95,7 +92,6 @@ from pveplug.proto.dr_frames import (
     decode,
 )
 from pveplug.proto.dr_stage import Run
-from pveplug.proto.nbd_wire import BASE_ALLOCATION, STATE_ZERO
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.tasks import to_the_end
 from pveplug.units import KiB, MiB, human
@@ -110,7 +106,6 @@ DURABLE_S: Final = 5.0
 MAX_POINTS: Final = 1000
 UNKNOWN: Final = bytes(DIGEST_SIZE)
 """Of a leaf that a staged increment changes: equal to no leaf's digest."""
-_READ: Final = 4 * MiB
 _INLINE: Final = 64 * KiB
 """Hashing more than that is worth a thread."""
 _GIVE_UP_S: Final = 30.0
@@ -274,6 +269,7 @@ class _Incoming:
     disk: Disk
     digest: RunDigest = field(default_factory=RunDigest)
     """Of a seed's frames; an increment's stage has its own."""
+    bytes: int = 0
     frontier: int = 0
     """Where the data of a seed ends that has come in order."""
     ended: bool = False
@@ -365,6 +361,12 @@ class Replica:
                 "role",
                 f"the replica (VM {self.vmid}) is {self.record.role}",
                 remedy="run mode=incremental." if seed else "",
+            )
+        if self.record.intent is not None:
+            raise ReplicaError(
+                "internal",
+                f"cycle {self.record.intent.cycle} is not applied yet",
+                remedy="run the job again.",
             )
         _check_describe(describe)
         plan = await plan_replica(self.site, self.record, self.opening, describe)
@@ -461,6 +463,10 @@ class Replica:
 
     async def _begin_increment(self, session: _Session) -> None:
         item = session.item
+        # What would fail the commit is found before all the data has come.
+        with translated(f"the replica VM {self.vmid}"):
+            await self.provisioner().must_be_there()
+        self._must_be_off()
         item.file = f"{item.number:08d}.stage"
         await self.save()
         meta = {"opening": _plain(self.opening), "describe": _plain(session.describe)}
@@ -507,6 +513,7 @@ class Replica:
             )
         if isinstance(frame, Block):
             session.bytes += len(frame.data)
+            incoming.bytes += len(frame.data)
         if session.stage is not None:
             with _stage_errors(session.stage.path):
                 await session.stage.add(frame)
@@ -654,9 +661,37 @@ class Replica:
         if record.testing is not None or record.staged:
             session.deferred = True
             return Applied(deferred=True)
+        try:
+            await self._check_room(session)
+        except ReplicaError:
+            self._unlink(stage.path)
+            raise
         await self._intend(item)
         await self._apply(item, whole, session.plan)
         return Applied()
+
+    async def _check_room(self, session: _Session) -> None:
+        """Refuse what surely has no room, while nothing is touched yet.
+
+        After a restore point every cluster that is overwritten needs a new one.
+        """
+        needed: dict[str, int] = {}
+        for key, number in session.item.numbers.items():
+            plan = session.plan.disks[key]
+            needed[plan.storage] = needed.get(plan.storage, 0) + (
+                session.disks[number].bytes
+            )
+        with translated("the DR site"):
+            storages = await self.site.api.storages(self.site.here)
+        for storage in storages:
+            size = needed.get(storage.name, 0)
+            if storage.total and size > storage.avail:
+                raise ReplicaError(
+                    "space",
+                    f"storage {storage.name} has {human(storage.avail)} left and the "
+                    f"increment needs {human(size)}",
+                    remedy="make room there, or keep fewer restore points.",
+                )
 
     async def _intend(self, item: Staged) -> None:
         self.record.intent = item
@@ -688,6 +723,7 @@ class Replica:
         except BaseException:
             await to_the_end(self.volumes.drop())
             raise
+        self._must_be_off()  # nor was it started meanwhile
 
     async def _own(self) -> None:
         """Keep backup and restore jobs of ours off the VM until :meth:`_disown`."""
@@ -726,11 +762,11 @@ class Replica:
                 "protocol", f"digests of {ask.length} bytes at {ask.offset}"
             )
         if self._unmade(ask.key):
-            found = _zero_digests(ask.length)
+            found = zero_digests(ask.length)
         else:
             client = await self.volumes.reader(ask.key)
             with translated(f"disk {ask.key} of the replica"):
-                found = await _digests(client, ask.offset, ask.length)
+                found = await digest_window(client, ask.offset, ask.length)
         if self.record.staged:
             found = await self._hide_staged(ask, found)
         return Digests(0, ask.offset, found)
@@ -764,7 +800,7 @@ class Replica:
         values = []
         with translated(f"disk {ask.key} of the replica"):
             for at in ask.offsets:
-                leaf = await _read(client, at, min(LEAF, size - at))
+                leaf = await read_padded(client, at, min(LEAF, size - at))
                 values.append(await asyncio.to_thread(fnv1a_64, leaf))
         return Samples(ask.key, tuple(values))
 
@@ -1146,68 +1182,3 @@ def _from_meta(whole: Stage) -> tuple[Open, Describe]:
     if not isinstance(opening, Open) or not isinstance(describe, Describe):
         raise ReplicaError("integrity", f"{whole.path.name} describes nothing")
     return opening, describe
-
-
-# --- reading a volume ----------------------------------------------------------------
-
-
-async def _read(client: NbdClient, offset: int, length: int) -> bytearray:
-    """Read; behind the volume's end there are zeroes."""
-    data = bytearray(length)
-    there = min(max(client.size - offset, 0), length)
-    if there:
-        await client.read_into(offset, memoryview(data)[:there])
-    return data
-
-
-async def _holes(client: NbdClient, offset: int, length: int) -> list[tuple[int, int]]:
-    """Return the runs of a window that read as zeroes, as (start, end)."""
-    found: list[tuple[int, int]] = []
-    end = min(offset + length, client.size)
-    if BASE_ALLOCATION not in client.contexts:
-        return found
-    at = offset
-    while at < end:
-        runs = (await client.block_status(at, end - at))[BASE_ALLOCATION]
-        for count, flags in runs:
-            stop = min(at + count, end)
-            if flags & STATE_ZERO:
-                if found and found[-1][1] == at:
-                    found[-1] = (found[-1][0], stop)
-                else:
-                    found.append((at, stop))
-            at = stop
-    if offset + length > end:
-        found.append((end, offset + length))
-    return found
-
-
-async def _digests(client: NbdClient, offset: int, length: int) -> bytes:
-    """Digest a window, reading ahead while a thread hashes."""
-    holes = await _holes(client, offset, length)
-    found: list[bytes] = []
-    hashing: asyncio.Task[bytes] | None = None
-    try:
-        for at in range(offset, offset + length, _READ):
-            count = min(_READ, offset + length - at)
-            hole = any(low <= at and at + count <= high for low, high in holes)
-            data = None if hole else await _read(client, at, count)
-            if hashing is not None:
-                found.append(await hashing)
-                hashing = None
-            if data is None:
-                found.append(_zero_digests(count))
-            else:
-                hashing = asyncio.create_task(asyncio.to_thread(leaf_digests, data))
-        if hashing is not None:
-            found.append(await hashing)
-    finally:
-        if hashing is not None and not hashing.done():
-            hashing.cancel()
-    return b"".join(found)
-
-
-def _zero_digests(length: int) -> bytes:
-    """Return the digests of so many zero bytes."""
-    whole, rest = divmod(length, LEAF)
-    return ZERO_DIGEST * whole + (leaf_digest(bytes(rest)) if rest else b"")

@@ -14,6 +14,7 @@ from pveplug.dr import provision
 from pveplug.dr import replica as replica_module
 from pveplug.dr.replica import UNKNOWN
 from pveplug.dr.store import ReplicaError, ReplicaStore
+from pveplug.dr.volumes import Volumes
 from pveplug.errors import TransportError
 from pveplug.journal import own_vm
 from pveplug.proto.dr_digest import ZERO_DIGEST, RunDigest, fnv1a_64, leaf_digests
@@ -552,3 +553,42 @@ async def test_what_a_sender_calls_itself_doesnt_forge_the_notes(pve, sender):
     first, second, *_ = config["description"].split("\n")
     assert first == f"pveplug-replica link={sender.store.read(UUID).link}"
     assert "of x pveplug-replica link=00000000" in second
+
+
+async def test_an_increment_that_has_no_room_touches_nothing(pve, sender):
+    await sender.seed()
+    before = sender.source.state()
+    sender.source.write("scsi0", 9)
+    pve.avail = 3 * LEAF
+    with pytest.raises(ReplicaError, match="increment needs") as caught:
+        await sender.increment()
+    assert caught.value.code == "space"
+    assert sender.store.read(UUID).intent is None
+    assert not list(sender.store.directory(UUID).glob("*.stage"))
+    assert holds(pve, sender) == before
+    pve.avail = 1 << 40
+    await sender.increment()
+    assert holds(pve, sender) == sender.source.state()
+
+
+async def test_a_vm_started_while_it_is_written_gets_no_restore_point(
+    pve, sender, monkeypatch
+):
+    await sender.seed()
+    sender.source.write("scsi0")
+    close_all = Volumes.close_all
+
+    async def and_start(volumes: Volumes) -> None:
+        await close_all(volumes)
+        if volumes._record.intent is not None:
+            pve.running.update(pve.vms)
+
+    monkeypatch.setattr(Volumes, "close_all", and_start)
+    for _ in range(2):
+        with pytest.raises(ReplicaError, match="runs, and nobody"):
+            await sender.increment()
+    monkeypatch.undo()
+    pve.running.clear()
+    done = await sender.increment()
+    assert len(done.points) == 3
+    assert holds(pve, sender) == sender.source.state()

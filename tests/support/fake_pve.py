@@ -46,6 +46,7 @@ class FakePve:
         self.snaps: dict[int, dict[str, dict[str, str]]] = {}
         self.calls: list[str] = []
         self.running: set[int] = set()
+        self.total = self.avail = 1 << 40
         self.before: Callable[[str], None] = lambda call: None
         self.after: Callable[[str], None] = lambda call: None
         self.node = Node(
@@ -72,7 +73,18 @@ class FakePve:
 
     async def storages(self, node: str) -> list[Storage]:
         return [
-            Storage(n, t, ("images",), 1, 0, 1, True, True, False, *FORMATS[t])
+            Storage(
+                n,
+                t,
+                ("images",),
+                self.total,
+                0,
+                self.avail,
+                True,
+                True,
+                False,
+                *FORMATS[t],
+            )
             for n, t in self.types.items()
         ]
 
