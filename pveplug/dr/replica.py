@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from pveplug.dr.guard import Guard
 from pveplug.dr.provision import (
     Plan,
     Provisioner,
@@ -61,7 +62,6 @@ from pveplug.dr.store import (
 from pveplug.dr.volumes import Volumes, forget_dead_sockets
 from pveplug.errors import IntegrityError, PveplugError, RemoteProtocolError
 from pveplug.events import NullReporter, Reporter
-from pveplug.journal import own_vm
 from pveplug.proto.dr_digest import (
     RunDigest,
     fnv1a_64,
@@ -109,7 +109,6 @@ UNKNOWN: Final = bytes(DIGEST_SIZE)
 _INLINE: Final = 64 * KiB
 """Hashing more than that is worth a thread."""
 _GIVE_UP_S: Final = 30.0
-_OWN_WAIT_S: Final = 60.0
 
 
 # --- pure decisions ------------------------------------------------------------------
@@ -314,8 +313,7 @@ class Replica:
         self._flushing: asyncio.Task[None] | None = None
         self._flushed_at = 0.0
         self._unflushed = 0
-        self._owning = contextlib.AsyncExitStack()
-        self._owned = 0
+        self._guard = Guard(site, record, store.directory(record.uuid))
 
     # --- what is known ---------------------------------------------------------------
 
@@ -404,7 +402,7 @@ class Replica:
 
     async def _begin_seed(self, session: _Session) -> None:
         record, describe = self.record, session.describe
-        await self._own()
+        await self._guard.own()
         # Nothing durable yet: what changed since an earlier try doesn't matter.
         if record.seed_cycle is None or not any(record.seeded.values()):
             record.seed_cycle = describe.cycle
@@ -419,9 +417,10 @@ class Replica:
                 await making.create(
                     session.plan, self.opening.target_vmid, self.opening.vmid
                 )
-                await self._own()
+                await self._guard.own()
                 await making.ensure(session.plan)
                 await self._must_snapshot()
+                await self._guard.lock()
         except BaseException:
             if first:
                 await to_the_end(self._undo_provisioning(making))
@@ -466,7 +465,7 @@ class Replica:
         # What would fail the commit is found before all the data has come.
         with translated(f"the replica VM {self.vmid}"):
             await self.provisioner().must_be_there()
-        self._must_be_off()
+        self._guard.must_be_off()
         item.file = f"{item.number:08d}.stage"
         await self.save()
         meta = {"opening": _plain(self.opening), "describe": _plain(session.describe)}
@@ -639,6 +638,7 @@ class Replica:
                 raise ReplicaError("integrity", f"{', '.join(missing)} did not come")
             await self._flush_ended()
             await self.volumes.close_all()
+            await self._guard.unlock()
             item.seed = True
             record.intent = item
             await self.save()
@@ -700,13 +700,14 @@ class Replica:
 
     async def _apply(self, item: Staged, whole: Stage, plan: Plan | None) -> None:
         """Make the VM and its disks those of a verified stage; may be done again."""
-        await self._own()
+        await self._guard.own()
         if plan is None:
             opening, describe = _from_meta(whole)
             plan = await plan_replica(self.site, self.record, opening, describe)
         with translated("the replica VM can't be changed"):
             await self.provisioner().ensure(plan)
         keys = {number: key for key, number in item.numbers.items()}
+        await self._guard.lock()
         try:
             async with aclosing(frames(whole.path)) as coming:  # type: ignore[type-var]
                 async for frame in coming:
@@ -723,32 +724,8 @@ class Replica:
         except BaseException:
             await to_the_end(self.volumes.drop())
             raise
-        self._must_be_off()  # nor was it started meanwhile
-
-    async def _own(self) -> None:
-        """Keep backup and restore jobs of ours off the VM until :meth:`_disown`."""
-        if self.vmid and self._owned != self.vmid:
-            await self._disown()
-            with translated(f"the replica VM {self.vmid}"):
-                await self._owning.enter_async_context(
-                    own_vm(self.site.node.state_dir, self.vmid, _OWN_WAIT_S)
-                )
-            self._owned = self.vmid
-        self._must_be_off()
-
-    async def _disown(self) -> None:
-        self._owned = 0
-        await self._owning.aclose()
-
-    def _must_be_off(self) -> None:
-        if self.vmid and self.site.local.vm_running(self.vmid) is not None:
-            raise ReplicaError(
-                "role",
-                f"the replica VM {self.vmid} runs, and nobody has failed over to it",
-                remedy="stop it; what it wrote is found by verification, or at once "
-                "after going back to its newest snapshot. Use failover-test to try a "
-                "replica.",
-            )
+        await self._guard.unlock()
+        self._guard.must_be_off()  # nor was it started meanwhile
 
     # --- verification ----------------------------------------------------------------
 
@@ -812,6 +789,7 @@ class Replica:
             raise ReplicaError("protocol", "nothing is to be repaired now")
         if session.deferred or block.end > incoming.disk.size:
             raise ReplicaError("protocol", f"no repair of {incoming.disk.key} there")
+        await self._guard.lock()
         sink = await self.volumes.writer(incoming.disk.key)
         with translated(f"disk {incoming.disk.key} of the replica"):
             await sink.write(block.offset, block.data)
@@ -845,6 +823,7 @@ class Replica:
             raise ReplicaError("protocol", "nothing was committed")
         record, item = self.record, session.item
         await self.volumes.close_all()
+        await self._guard.unlock()
         seconds = time.monotonic() - session.began
         report = Report(self.opening.job, time.time(), round(seconds, 3), item.bytes)
         point: Point | None = None
@@ -860,7 +839,7 @@ class Replica:
         self._session = None
         if point is not None:
             await self._rotate()
-        await self._disown()
+        await self._guard.release()
         return Done(item.cycle, record.epoch, point, tuple(record.points))
 
     async def _take_point(self, item: Staged, report: Report | None = None) -> Point:
@@ -995,7 +974,7 @@ class Replica:
                 break
             done = True
         self._drop_orphans()
-        await self._disown()
+        await self._guard.release()
         if done and self.opening.mode in CYCLE_MODES:
             await self._rotate()  # others don't say how many points are wanted
         return done
@@ -1024,7 +1003,7 @@ class Replica:
             raise ReplicaError(
                 "integrity", f"cycle {item.cycle} can't be applied: {why}"
             )
-        await self._own()
+        await self._guard.own()
         newest = record.points[-1]
         with translated(f"going back to restore point {newest.name}"):
             await site.api.rollback(site.here, record.vmid, newest.name)
@@ -1112,7 +1091,7 @@ class Replica:
     async def aclose(self) -> None:
         """Abandon what has not ended and close every volume."""
         await self.abandon()
-        await self._disown()
+        await self._guard.release()
 
     def _running(self) -> _Session:
         session = self._session

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pveplug.dr import provision
+from pveplug.dr import guard, provision
 from pveplug.dr import replica as replica_module
 from pveplug.dr.replica import UNKNOWN
 from pveplug.dr.store import ReplicaError, ReplicaStore
@@ -407,7 +407,7 @@ async def test_pve_out_of_reach_is_said_and_the_next_cycle_is_right(pve, sender)
 
 
 async def test_a_job_of_ours_on_the_replica_is_waited_for(pve, sender, monkeypatch):
-    monkeypatch.setattr(replica_module, "_OWN_WAIT_S", 0.3)
+    monkeypatch.setattr(guard, "OWN_WAIT_S", 0.3)
     await sender.seed()
     record = sender.store.read(UUID)
     async with own_vm(pve.node.state_dir, record.vmid, 1):
@@ -592,3 +592,42 @@ async def test_a_vm_started_while_it_is_written_gets_no_restore_point(
     done = await sender.increment()
     assert len(done.points) == 3
     assert holds(pve, sender) == sender.source.state()
+
+
+async def test_pve_is_locked_out_while_a_volume_is_written(pve, sender):
+    def config() -> dict[str, str]:
+        (found,) = pve.vms.values()
+        return found
+
+    async with sender.open("seed") as replica:
+        await replica.begin(sender.source.describe(), sender.say)
+        assert config()["lock"] == "backup"
+        for number, key in enumerate(sender.source.disks):
+            await sender.disk(replica, key, number, whole=True)
+        await replica.commit(Commit(2))
+        assert "lock" not in config()
+        await replica.finish(Finish())
+    data = sender.source.state()["scsi0"]
+    async with sender.open() as replica:
+        await sender.send(replica)
+        await replica.repair(Block(0, 0, data[:LEAF]))
+        assert config()["lock"] == "backup"
+        await replica.finish(Finish())
+    assert "lock" not in config()
+    locked = [call for call in pve.calls if call in ("lock", "unlock")]
+    assert locked == ["lock", "unlock"] * 3
+
+
+async def test_who_isnt_root_goes_without_pves_lock(pve, sender):
+    pve.root = False
+    await sender.seed()
+    sender.source.write("scsi0")
+    await sender.increment()
+    assert holds(pve, sender) == sender.source.state()
+
+
+async def test_a_seed_that_is_given_up_leaves_no_lock(pve, sender):
+    async with sender.open("seed") as replica:
+        await replica.begin(sender.source.describe(), sender.say)
+    (config,) = pve.vms.values()
+    assert "lock" not in config
