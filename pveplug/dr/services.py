@@ -71,7 +71,8 @@ class ReplicaServices:
         async with self._opener(self.store, self.site, opening) as replica:
             if replica.record.testing is not None and opening.uuid not in self._tests:
                 await Operation(replica, say).clear_test()
-            if opening.mode in CYCLE_MODES:
+            seeded = replica.record.role == "seeding" and replica.record.intent
+            if opening.mode in CYCLE_MODES or seeded:
                 await replica.apply_pending(say)
             yield replica
 
