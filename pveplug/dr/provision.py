@@ -406,9 +406,9 @@ class Provisioner:
                 "identity",
                 f"the replica VM {self._record.vmid} is gone from node "
                 f"{self._site.here}, or is another VM now",
-                remedy="was it removed, moved to another node, or its notes' first line "
-                "edited? Put that right; to begin anew, have the receiver forget "
-                "the replica and seed again.",
+                remedy="was it removed or moved to another node, or was the first line "
+                "of its notes edited? Put that right; to begin anew, have the receiver "
+                "forget the replica and seed again.",
             )
         config = await self._unlocked(config)
         await self._free_pending(config)

@@ -920,10 +920,16 @@ class Replica:
                 now=time.time(),
                 held=held,
             ):
-                await site.api.snapshot_delete(site.here, record.vmid, point.name)
                 record.points.remove(point)
+                record.leaving.append(point.name)
+            if record.leaving:
                 await self.save()
-                self._say.info(f"restore point {point.name} has rotated out")
+            for name in list(record.leaving):
+                if name in there:
+                    await site.api.snapshot_delete(site.here, record.vmid, name)
+                    self._say.info(f"restore point {name} has rotated out")
+                record.leaving.remove(name)
+                await self.save()
             await self.provisioner().sweep()
         except PveplugError as error:
             self._say.warning(f"old restore points stay for now: {error}")

@@ -132,6 +132,7 @@ class Record:
         pending: names of volumes that were about to be allocated and are not attached.
         retired: volumes of disks the source lost, freed with their last restore point.
         points: restore points, oldest first; the name is the snapshot's.
+        leaving: snapshots that were restore points and are being deleted.
         staged: increments acknowledged and not applied, oldest first.
         intent: the increment that is being applied.
         testing: what a running failover test uses, None: none runs.
@@ -157,6 +158,7 @@ class Record:
     pending: list[str] = field(default_factory=list)
     retired: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
     staged: list[Staged] = field(default_factory=list)
     intent: Staged | None = None
     testing: dict[str, Any] | None = None

@@ -147,6 +147,7 @@ class Volumes:
                         fmt,
                         socket_dir=self._site.node.runtime_dir,
                         read_only=read_only,
+                        lazy_refcounts=not read_only,
                     )
                 )
             except CommandError as error:

@@ -51,6 +51,7 @@ async def qemu_nbd(
     size: int | None = None,
     bitmap: str | None = None,
     snapshot: str | None = None,
+    lazy_refcounts: bool = False,
     shared: int = 4,
     start_s: float = START_S,
 ) -> AsyncIterator[UnixAddress]:
@@ -65,6 +66,11 @@ async def qemu_nbd(
         export: name of the export, "" for the default.
         size: for raw: serve only so many bytes of a larger volume (multiple of 512).
         bitmap: a qcow2's persistent bitmap to offer.
+        lazy_refcounts: of a writable qcow2 with snapshots: keep reference counts in
+            memory and write them at the end. Without it every other overwrite of a
+            cluster that a snapshot shares waits for the disk (2.5 ms each, 0.2 ms
+            with it). A power cut leaves the image marked dirty, and whoever opens it
+            for writing next counts anew.
         snapshot: serve this internal snapshot of a qcow2; read only.
         shared: connections at a time.
         start_s: bound of the start, opening the image included.
@@ -90,7 +96,7 @@ async def qemu_nbd(
         argv.append(f"--bitmap={bitmap}")
     if snapshot is not None:
         argv.append(f"--load-snapshot=snapshot.name={snapshot}")
-    argv += _image(path, fmt, size)
+    argv += _image(path, fmt, size, lazy=lazy_refcounts and fmt == "qcow2")
     process = await _start(argv)
     said = asyncio.create_task(_last_words(process), name="qemu-nbd stderr")
     well = False
@@ -129,7 +135,7 @@ def _access(path: str, read_only: bool) -> list[str]:
     return [*cache, "--discard=unmap", "--detect-zeroes=unmap"]
 
 
-def _image(path: str, fmt: str, size: int | None) -> list[str]:
+def _image(path: str, fmt: str, size: int | None, *, lazy: bool) -> list[str]:
     if not path.startswith("/"):
         if size is not None:
             raise ConfigError(f"a size limit needs a file or a device, not {path}")
@@ -142,6 +148,8 @@ def _image(path: str, fmt: str, size: int | None) -> list[str]:
     options = f"driver={fmt},file.driver={driver},file.filename={spelled}"
     if size is not None:
         options += f",size={size}"
+    if lazy:
+        options += ",lazy-refcounts=on"
     return ["--image-opts", "--", options]
 
 
