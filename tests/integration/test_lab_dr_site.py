@@ -552,7 +552,14 @@ async def test_the_token_of_a_receiver_does_all_it_needs_and_no_more(
         await api.shutdown_vm(NODE, 900, timeout_s=1)
     await api.shutdown_vm(NODE, 900, timeout_s=1, force=True)
     assert not site.vm(900).running
-    await api.stop_vm(NODE, 900)  # of a stopped VM: nothing to do
+    await api.stop_vm(NODE, 900)  # of a stopped VM: nothing to do, and no error
+    await api.shutdown_vm(NODE, 900, timeout_s=1)
+    await api.start_vm(NODE, 900)
+    await site.vm(900).qmp("stop")
+    with pytest.raises(PveRefusalError, match="VM is paused - cannot shutdown"):
+        await api.shutdown_vm(NODE, 900, timeout_s=1)
+    await api.shutdown_vm(NODE, 900, timeout_s=1, force=True)
+    assert not site.vm(900).running
     await api.rollback(NODE, 900, "p1")
     await api.clone_vm(NODE, 900, 901, snapname="p1", full=True)
     await api.update_config(NODE, 901, {"protection": False})
@@ -676,3 +683,18 @@ async def test_a_receiver_finds_the_paths_of_a_stopped_replica(
         writer.terminate()
         await writer.wait()
     await api.snapshot_create(NODE, 900, "p1")
+
+
+async def test_on_8_4_the_receivers_token_pings_by_another_privilege() -> None:
+    async with Site(short_base(), release="8.4") as site:
+        secret = site.add_token(RECEIVER, receiver_acl("8.4"))
+        pins = (site.fingerprint,)
+        endpoint = Endpoint("127.0.0.1", site.api_port, fingerprints=pins)
+        async with PveApi(endpoint, TokenAuth(RECEIVER, secret)) as api:
+            await site.create_vm(900, {"agent": "1"}, disks={"scsi0": "8M"})
+            await api.snapshot_create(NODE, 900, "p1")
+            await api.start_vm(NODE, 900)
+            site.faults.agent(900, "fake")
+            await api.agent_ping(NODE, 900)
+            await api.rollback(NODE, 900, "p1")
+            await api.destroy_vm(NODE, 900)

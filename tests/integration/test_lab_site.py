@@ -130,7 +130,7 @@ async def test_errors_have_the_texts_pve_has(site: Site) -> None:
         api, 500, "volume 'local:100/vm-100-disk-7.raw' does not exist", "PUT", put,
         scsi3="local:100/vm-100-disk-7.raw",
     )  # fmt: skip
-    await says(api, 500, "VM 100 not running", "POST", f"{one}/status/shutdown")
+    await says(api, 500, "VM 100 not running", "POST", f"{one}/status/suspend")
     await says(
         api, 500, "No QEMU guest agent configured", "POST", f"{q}/101/agent/ping"
     )

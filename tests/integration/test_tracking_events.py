@@ -159,6 +159,7 @@ async def contents_are_new(run: Course) -> None:
     await run.api("POST", "snapshot", snapname="before")
     await run.write("scsi0", 6 * MIB)
     await run.api("POST", "snapshot/before/rollback", start=1)
+    await run.vm.wait_started()  # by a task of its own
     await run.write("virtio1", 6 * MIB)
     await run.reads_whole("a rollback", **BOTH)
 

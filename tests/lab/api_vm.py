@@ -246,18 +246,18 @@ async def stop(call: Call) -> Any:
 )
 async def shutdown(call: Call) -> Any:
     _root_only(call, "skiplock", "keepActive")
+    site, node, vmid = call.site, call.node, call.vmid
     conf_of(call)
-    if not call.site.machine(call.vmid, call.node).running:
-        raise die(f"VM {call.vmid} not running")
+    force = bool(call.params.get("forceStop"))
+    paused = await lifecycle.require_not_paused(site, node, vmid, force)
 
     async def work(task: Task) -> None:
-        await lifecycle.shutdown_vm(
-            call.site,
-            call.node,
-            call.vmid,
-            call.params.get("timeout", 60),
-            bool(call.params.get("forceStop")),
-        )
+        if paused:
+            task.log("VM is paused - stop instead of shutdown")
+            await lifecycle.stop_vm(site, node, vmid)
+            return
+        limit = call.params.get("timeout", 60)
+        await lifecycle.shutdown_vm(site, node, vmid, limit, force)
 
     return start_task(call, "qmshutdown", work)
 

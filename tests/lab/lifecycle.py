@@ -52,9 +52,12 @@ async def stop_vm(
 ) -> None:
     async with site.lock_config(vmid):
         conf = site.load(node, vmid)
+        machine = site.machine(vmid, node)
+        if not machine.running:
+            return  # well, and whatever lock it has
         if not skiplock:
             check_lock(conf)
-        await site.machine(vmid, node).quit()
+        await machine.quit()
 
 
 async def shutdown_vm(
@@ -63,13 +66,21 @@ async def shutdown_vm(
     """Ask the guest to power off: by agent where it answers, else by ACPI."""
     async with site.lock_config(vmid):
         conf = site.load(node, vmid)
-        check_lock(conf)
         machine = site.machine(vmid, node)
-        if conf.agent_enabled and await agent_answers(site, node, vmid):
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                await machine.agent("guest-shutdown", timeout_s=3)
-        else:
-            await machine.qmp("system_powerdown")
+        if not machine.running:
+            return
+        check_lock(conf)
+        try:
+            if conf.agent_enabled and await agent_answers(site, node, vmid):
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    await machine.agent("guest-shutdown", timeout_s=3)
+            else:
+                await machine.qmp("system_powerdown")
+        except QmpRefused:
+            if not force:
+                raise die("VM quit/powerdown failed") from None
+            await machine.quit()
+            return
         try:
             async with asyncio.timeout(timeout_s):
                 await machine.gone.wait()
@@ -77,6 +88,19 @@ async def shutdown_vm(
             if not force:
                 raise die("VM quit/powerdown failed - got timeout") from None
             await machine.quit()
+
+
+async def require_not_paused(site: Site, node: LabNode, vmid: int, force: bool) -> bool:
+    """Whether a VM is paused; without ``force`` that is no state to shut down in."""
+    machine = site.machine(vmid, node)
+    if not machine.running:
+        return False
+    with contextlib.suppress(TimeoutError, ConnectionError, QmpRefused):
+        paused = (await machine.qmp("query-status"))["status"] == "paused"
+        if paused and not force:
+            raise die("VM is paused - cannot shutdown")
+        return paused
+    return False
 
 
 async def agent_answers(site: Site, node: LabNode, vmid: int) -> bool:

@@ -170,8 +170,11 @@ class Events:
             fitting = [self._snapshots[-1][0]]
         name = rng.choice(fitting)
         async with t.writer.still():
-            await t.api("POST", f"snapshot/{name}/rollback", start=rng.randrange(2))
+            again = rng.randrange(2)
+            await t.api("POST", f"snapshot/{name}/rollback", start=again)
             self.gone("rolled back")
+            if again:
+                await t.vm.wait_started()  # by a task of its own
             await t.sizes()
         return f"rolled back to {name}" + ("" if t.vm.running else ", stopped")
 

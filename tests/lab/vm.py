@@ -102,6 +102,14 @@ class LabVm:
         async with asyncio.timeout(timeout_s):
             await self.machine.gone.wait()
 
+    async def wait_started(self, timeout_s: float = 60.0) -> None:
+        """Wait until a start that somebody else ordered is over."""
+        async with asyncio.timeout(timeout_s):
+            while not self.running:
+                await asyncio.sleep(0.02)
+        async with self.site.lock_config(self.vmid):
+            pass  # held until QEMU's monitor answers
+
     # -- talk
 
     async def qmp(self, command: str, **arguments: Any) -> Any:

@@ -57,6 +57,11 @@ def content(
     return Content(size, digest.hexdigest())
 
 
+def content_sha256(path: Path, snapshot: str | None = None) -> str:
+    """Return the SHA-256 of what :func:`content` reads."""
+    return content(path, snapshot).sha256
+
+
 def of_bytes(data: bytes) -> Content:
     """The same of what a test knows by itself."""
     return Content(len(data), hashlib.sha256(data).hexdigest())
