@@ -29,12 +29,6 @@ pytestmark = [
     requires("qemu-system-x86_64", "qemu-img", "qemu-nbd", "bacula-fd"),
 ]
 
-MODES = (
-    *("failover-exec", "failover-test", "failover-undo", "failover-permanent"),
-    *("failback-pre", "status"),
-)
-
-
 class Story:
     """A VM with two disks of a few MiB and a job for each mode."""
 
@@ -109,7 +103,7 @@ class Story:
         """What ``pveplug replicas`` says, as a process."""
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pveplug", "replicas", "--json"),
+                *(str(Path(sys.prefix) / "bin" / "pveplug"), "replicas", "--json"),
                 *("--state-dir", str(self.sites.state_dir)),
             ],
             capture_output=True,
@@ -147,9 +141,9 @@ async def test_failover_to_an_older_point_and_back_to_standby() -> None:
         assert "failback" in job.text
 
         await story.write(story.replica, 201)
+        await story.replica.stop()  # no guest hears a shutdown
         job = await story.act("failback-pre", well=False)
         assert "failback brings the changes to the source" in job.text
-        assert not story.replica.running
 
         await story.act("failover-undo")
         (told,) = story.replicas()
