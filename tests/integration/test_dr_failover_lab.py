@@ -29,6 +29,7 @@ pytestmark = [
     requires("qemu-system-x86_64", "qemu-img", "qemu-nbd", "bacula-fd"),
 ]
 
+
 class Story:
     """A VM with two disks of a few MiB and a job for each mode."""
 
