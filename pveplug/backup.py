@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,9 +62,8 @@ from pveplug.parameters import restore_template
 from pveplug.progress import comparing, reporting, summary
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
-from pveplug.scratch import watch_answers, watch_space
 from pveplug.selection import VmSummary
-from pveplug.source import Opened, ReadableDisk, open_vm
+from pveplug.source import Opened, ReadableDisk, open_vm, watched
 from pveplug.tasks import first_failure
 from pveplug.tier import Tier
 from pveplug.units import KiB
@@ -189,15 +188,18 @@ class Backup:
             stack.callback(tier.drop)
             if self._config.capture.compare:
                 await tier.open(opened.uuid)
-            async with first_failure() as tasks:
+            # Watched from the first moment: the guest's writes depend on it.
+            bound_s = self._config.capture.cbw_timeout
+            async with watched(opened, bound_s), first_failure() as tasks:
                 side = []
-                # From the first moment: the guest's writes depend on it.
-                for watching in self._watches(opened):
-                    side.append(tasks.create_task(watching, name="scratch"))
                 told = comparing(self._session, f"VM {vmid}", tier.progress, every_s)
-                side.append(tasks.create_task(told, name="comparing"))
-                disks = await self._scan_all(opened, tier, stack)
-                side.pop().cancel()
+                comparison = tasks.create_task(told, name="comparing")
+                disks: list[_Disk] = []
+                if self._limit.pace.budget_s and "qemu" in opened.versions:
+                    pacing = self._keep_pace(opened, tier, disks)
+                    side.append(tasks.create_task(pacing, name="pace"))
+                disks += await self._scan_all(opened, tier, stack)
+                comparison.cancel()
                 progress = reporting(
                     self._session,
                     f"VM {vmid}",
@@ -205,9 +207,6 @@ class Backup:
                     every_s,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
-                if self._limit.pace.budget_s and "qemu" in opened.versions:
-                    pacing = self._keep_pace(opened, disks)
-                    side.append(tasks.create_task(pacing, name="pace"))
                 layout = await self._send_description(opened, disks, level)
                 await self._send_disks(opened, disks)
                 for task in side:
@@ -221,21 +220,19 @@ class Backup:
             f"{opened.consistency}"
         )
 
-    def _watches(self, opened: Opened) -> Iterator[Coroutine[Any, Any, None]]:
-        vmid = opened.vm.vmid
-        if opened.counted:
-            yield watch_space(vmid, opened.counted)
-        if opened.fleeced:
-            bound_s = self._config.capture.cbw_timeout
-            yield watch_answers(vmid, opened.fleeced, bound_s)
-
     def _keep_pace(
-        self, opened: Opened, disks: list[_Disk]
+        self, opened: Opened, tier: Tier, disks: list[_Disk]
     ) -> Coroutine[Any, Any, None]:
+        """Pace all reading, from the first comparison on; ``disks`` may come later."""
+
+        def read() -> int:
+            compared = sum(progress.read for _, progress in tier.progress)
+            return compared + sum(disk.stream.progress.read for disk in disks)
+
         return keep_pace(
             self._node.qmp_socket(opened.vm.vmid),
             self._limit.pace,
-            lambda: sum(disk.stream.progress.read for disk in disks),
+            read,
             f"VM {opened.vm.vmid}",
             self._session,
         )

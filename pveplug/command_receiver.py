@@ -101,7 +101,7 @@ def add_parser(commands: Any) -> None:
         "overwritten.",
     )
     init.add_argument("--dir", required=True, metavar="DIR", help="made if missing")
-    init.add_argument("--name", default="dr", help="of the receiver [%(default)s]")
+    init.add_argument("--name", default="main", help="of the receiver [%(default)s]")
     init.add_argument(
         "--host",
         action="append",
@@ -206,7 +206,7 @@ def _init(arguments: argparse.Namespace) -> int:
             + f"ca_file = {_toml(at('-ca.crt'))}"
         ),
         node=_toml(socket.gethostname().partition(".")[0]),
-        pve_secret=_toml(at(".pve-secret")),
+        pve_secret=_toml(at(".secret")),
     )
     made.append(Made(at(".toml"), text.encode(), _PUBLIC))
     _write_all(folder, made)

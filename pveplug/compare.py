@@ -89,7 +89,7 @@ async def compare(
     """
     changed = ClusterMap(client.size)
     cutter = Cutter(client.size, keys)
-    reader = OrderedReader(client)
+    reader = OrderedReader(client, allowed=limit.in_flight)
     given = _GiveBack(client) if trim else None
     progress.total = found.data_bytes
     told: Iterator[Window] = windows(row, client.size)

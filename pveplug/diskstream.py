@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -82,6 +82,25 @@ class RateLimit:
         self.pace = Pace()
         self._clock = clock
         self._free_at = clock()
+        self._readers = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """One more reads at the same time as others, within the block."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+
+    def in_flight(self) -> int:
+        """Return how many requests each reader may have under way now.
+
+        Once the pace is slowed, those that read at the same time share them.
+        """
+        if self.pace.ahead or self._readers < 2:
+            return self.pace.in_flight
+        return max(self.pace.in_flight // self._readers, 1)
 
     async def spend(self, size: int) -> None:
         """Wait until ``size`` more bytes fit the rate."""
@@ -158,7 +177,7 @@ class DiskStream:
         self._digest = digest
         self._leaves = leaves
         self._reader = OrderedReader(
-            client, request_bytes=512 * KiB, allowed=lambda: limit.pace.in_flight
+            client, request_bytes=512 * KiB, allowed=limit.in_flight
         )
         self._slots: AsyncIterator[Slot] | None = None
         self._first: asyncio.Task[Slot | None] | None = None

@@ -34,7 +34,7 @@ from pveplug.nbd.client import NbdClient, connect
 from pveplug.nbd.source import OrderedReader, extents
 from pveplug.node import Node, load_node
 from pveplug.pve_local import PveLocal
-from pveplug.source import Opened, ReadableDisk
+from pveplug.source import Opened, ReadableDisk, watched
 from pveplug.source import open_vm as open_held_vm
 from pveplug.units import CLUSTER, MiB, round_down
 from pveplug.vmhold import held
@@ -201,11 +201,13 @@ async def open_vm(
         say: hears what a job log would.
 
     A running VM must be closed soon: what the guest overwrites meanwhile is kept in
-    scratch space. Cancellation closes it too.
+    scratch space. Cancellation closes it too. With QEMU before 10 (fleece) the guest's
+    writes depend on that space: when it runs full or stalls, the block is cancelled.
 
     Raises:
         ConfigError: an option is wrong, or ``since`` came without ``name``.
-        JobError, PveplugError: the VM can't be read; nothing is left behind.
+        JobError, PveplugError: the VM can't be read, or no longer; nothing is left
+            behind.
     """
     if since is not None and name is None:
         raise ConfigError("since needs a name for this point in time too", key="since")
@@ -252,6 +254,7 @@ async def open_vm(
                 level=Level("I" if since else "F", since),
                 say=say,
             ) as opened,
+            watched(opened, capture.cbw_timeout),
         ):
             yield Vm(opened)
 

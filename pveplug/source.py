@@ -14,8 +14,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pveplug.cbt import Level, home_id
 from pveplug.config import Capture
@@ -35,11 +36,17 @@ from pveplug.proto.pve_values import volume_id
 from pveplug.pve import PveApi, Storage, VmStatus
 from pveplug.pve_local import PveLocal
 from pveplug.quiesce import SETTLE_S, Verdict, Wish, frozen, run_hook
-from pveplug.scratch import LocalScratch, StorageScratch, directories
+from pveplug.scratch import (
+    LocalScratch,
+    StorageScratch,
+    directories,
+    watch_answers,
+    watch_space,
+)
 from pveplug.selection import SelectedDisks, VmSummary, select_disks
 from pveplug.snapshot import Options, PointInTime, SnapshotDisk
 from pveplug.storeprobe import StoreProbe, stuck
-from pveplug.tasks import to_the_end
+from pveplug.tasks import first_failure, to_the_end
 from pveplug.vmconfig import (
     Drive,
     current_section_text,
@@ -202,6 +209,44 @@ async def open_vm(
         else:
             await opener.stopped(stack, selected)
         yield opened
+
+
+@contextlib.asynccontextmanager
+async def watched(opened: Opened, bound_s: float) -> AsyncIterator[None]:
+    """Watch the scratch stores that the guest's writes depend on; within, read.
+
+    The block is cancelled when reading must end for the guest's sake.
+
+    Args:
+        bound_s: how long a store may take to answer.
+
+    Raises:
+        JobError: a store is almost full, or does not answer. What the block itself
+            raises passes as it is.
+    """
+    own: Exception | None = None
+    async with first_failure() as tasks:
+        watching = [
+            tasks.create_task(watch, name="scratch")
+            for watch in _watches(opened, bound_s)
+        ]
+        try:
+            yield
+        except Exception as error:  # not for the group to unwrap: it may be one itself
+            own = error
+        finally:
+            for task in watching:
+                task.cancel()
+    if own is not None:
+        raise own
+
+
+def _watches(opened: Opened, bound_s: float) -> Iterator[Coroutine[Any, Any, None]]:
+    vmid = opened.vm.vmid
+    if opened.counted:
+        yield watch_space(vmid, opened.counted)
+    if opened.fleeced:
+        yield watch_answers(vmid, opened.fleeced, bound_s)
 
 
 @contextlib.contextmanager

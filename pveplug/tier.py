@@ -83,7 +83,7 @@ class Tier:
             return None
         progress = Progress()
         self.progress.append((key, progress))
-        with row:
+        with row, limit.shared():
             changed = await compare(
                 client,
                 found,

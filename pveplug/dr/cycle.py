@@ -386,7 +386,10 @@ class Cycle:
         elif source.whole:
             compare = True
             clusters = await scan(client, context=None, known=0)
-            how = f"compared with the replica: {source.whole}"
+            why = source.whole
+            if not self._state.acked and not source.key.startswith("efidisk"):
+                why = "a failback or an undo has ended, and nothing was tracked"
+            how = f"compared with the replica: {why}"
         else:
             clusters = await scan(
                 client, context=source.context, known=source.parent_size

@@ -100,10 +100,10 @@ class Link(asyncio.BufferedProtocol):
         if self._arrived is not None:
             raise LocalProtocolError("two tasks receive from one channel")
         while not self._frames:
+            if self._eof:  # it came before what has ended the connection since
+                return None
             if self._error is not None:
                 raise self._error
-            if self._eof:
-                return None
             self._arrived = self._loop.create_future()
             try:
                 await self._arrived

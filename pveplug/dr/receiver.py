@@ -13,8 +13,8 @@
             SendBack     │   │      └──── APPLIED ─┐ AskDigests, AskSamples, Block
       ┌───── BACK ◄──────────┘     Finish     ▲    │
       ▼       │ ▲     Command                 └────┘
-    WINDOWS ──┴─┘   (failback)      AskDigests is legal in READY too; Bye everywhere.
-      Digests
+    WINDOWS ──┴─┘   (failback)      AskDigests is legal in READY and DISK, too;
+      Digests                       Bye everywhere.
 
 What the table doesn't have ends the session. Whatever ends it before Done, a cut
 included, leaves the replica's last restore point as it was: ``Replica.abandon``.
@@ -109,9 +109,9 @@ NEXT: Final[Mapping[tuple[At, type[Any]], At]] = {
     (At.READY, AskDigests): At.READY,
     (At.READY, Disk): At.DISK,
     (At.READY, Commit): At.APPLIED,
+    (At.DISK, AskDigests): At.DISK,
     (At.DISK, Block): At.DISK,
     (At.DISK, Zero): At.DISK,
-    (At.DISK, AskDigests): At.DISK,
     (At.DISK, DiskEnd): At.READY,
     (At.APPLIED, AskDigests): At.APPLIED,
     (At.APPLIED, AskSamples): At.APPLIED,

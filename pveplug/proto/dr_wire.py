@@ -17,11 +17,11 @@ ends the connection instead of reaching a disk. What the types mean is in dr_aut
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Final
 
 import zstandard
+from isal.isal_zlib import crc32  # 13 GB/s; zlib's 3 are a third of a frame's cost
 
 from pveplug.errors import LocalProtocolError, RemoteProtocolError
 from pveplug.units import KiB, MiB
@@ -77,7 +77,7 @@ def encode_frame(
             payload, length, flags = [packed], len(packed), ZSTD
     crc = 0
     for buffer in payload:
-        crc = zlib.crc32(buffer, crc)
+        crc = crc32(buffer, crc)
     return [HEADER.pack(type, flags, 0, length, crc), *payload]
 
 
@@ -204,7 +204,7 @@ class FrameReader:
     ) -> RawFrame:
         self._head = None
         self._payload = memoryview(b"")
-        got = zlib.crc32(payload)
+        got = crc32(payload)
         if got != crc:
             raise self._broken(
                 f"a frame of type {type} and {len(payload)} bytes was damaged: its "

@@ -16,6 +16,7 @@ from pveplug.images.clusters import ClusterMap
 from pveplug.images.leaves import Header, Keys, LeafWriter, RunReader
 from pveplug.images.manifest import backing_name
 from pveplug.nbd.client import connect
+from pveplug.pacing import IN_FLIGHT, PARALLEL_STEPS, Pace
 from pveplug.proto.nbd_wire import Command
 from pveplug.units import CLUSTER, MiB
 from tests.engine.test_disk_path import (
@@ -205,3 +206,47 @@ async def test_reading_to_compare_keeps_to_the_limit(tmp_path: Path) -> None:
                 progress=Progress(),
             )  # fmt: skip
     assert sum(spent) == found.data_bytes
+
+
+class Counting(ModelServer):
+    """Knows how many reads it had in hand at once."""
+
+    most = 0
+
+    def receive(self, data: bytes) -> None:
+        before = len(self.seen)
+        super().receive(data)
+        reads = [r for r in self.seen[before:] if r.command is Command.READ]
+        self.most = max(self.most, len(reads))
+
+
+@pytest.mark.parametrize("step", [0, PARALLEL_STEPS])
+async def test_reading_to_compare_keeps_to_the_pace(tmp_path: Path, step: int) -> None:
+    disk = scribbled(16 * MiB, 1, 1.0)
+    file = digests_of(disk)
+    server = Counting(disk, Manner(contexts={BASE: allocation(disk)}))
+    limit = RateLimit(0)
+    limit.pace = Pace(0.02)
+    while limit.pace.step < step:
+        limit.pace.sample(1.0, 1e9)
+    async with serving(str(tmp_path / "s"), lambda: server) as address:
+        async with await connect(address, contexts=[BASE]) as client:
+            found = await scan(client, context=None, known=0)
+            row = [RunReader(io.BytesIO(file), len(file), KEYS)]
+            await compare(
+                client, found, row, KEYS, trim=False, limit=limit,
+                progress=Progress(),
+            )  # fmt: skip
+    assert server.most == (1 if step else IN_FLIGHT)
+
+
+def test_those_who_read_at_once_share_a_slowed_pace() -> None:
+    limit = RateLimit(0)
+    limit.pace = Pace(0.02)
+    with limit.shared(), limit.shared():
+        assert limit.in_flight() == IN_FLIGHT
+        limit.pace.sample(1.0, 1e9)
+        assert limit.in_flight() == IN_FLIGHT // 4
+        with limit.shared(), limit.shared(), limit.shared():
+            assert limit.in_flight() == 1
+    assert limit.in_flight() == IN_FLIGHT // 2

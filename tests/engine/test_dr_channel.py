@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
+from pveplug.cli import main
 from pveplug.dr.channel import (
     AuthenticationError,
     ClientAuth,
@@ -237,6 +238,27 @@ async def test_a_pin_stands_in_for_the_ca(certs):
         auth = sender(certs, None, certs.client, ca=False, fingerprints=pins)
         async with await connect(*there.address, auth=auth) as channel:
             await exchange(channel)
+
+
+@both_loops
+async def test_what_receiver_init_makes(tmp_path, caplog):
+    made = ["--with-ca", "--host", "127.0.0.1", "--client-host", "127.0.0.1"]
+    assert main(["receiver", "init", "--dir", str(tmp_path), *made]) == 0
+    base = tmp_path / "receiver-main"
+    token = base.with_suffix(".token").read_bytes().strip()
+    own = f"{base}.crt", f"{base}.key"
+    ca = f"{base}-ca.crt"
+    auth = ServerAuth(*own, token, ca)
+    async with receiver(auth) as there:
+        given = ClientAuth(token, f"{base}-sender.crt", f"{base}-sender.key", ca)
+        async with await connect(*there.address, auth=given) as channel:
+            await exchange(channel)
+        await until(lambda: there.handler.channels)
+        there.handler.channels.clear()
+        # The receiver's certificate is none of a sender, though of the same CA.
+        with pytest.raises((AuthenticationError, TransportError)):
+            await connect(*there.address, auth=ClientAuth(token, *own, ca))
+        await refused(caplog, there, "purpose")
 
 
 @both_loops
@@ -752,9 +774,10 @@ async def test_one_address_cannot_take_all_handshakes(certs, caplog):
         stranger(there.address),
         stranger(there.address),
     ):
-        async with stranger(there.address) as third:
-            assert await third.rest() == b""
-        await refused(caplog, there, "too many handshakes at once")
+        for _ in range(3):
+            async with stranger(there.address) as third:
+                assert await third.rest() == b""
+        await refused(caplog, there, "too many handshakes at once")  # said once
 
 
 @both_loops
@@ -765,6 +788,22 @@ async def test_channels_that_are_open_take_no_handshake(certs):
                 channel = await connect(*there.address, auth=ClientAuth(TOKEN))
                 await stack.enter_async_context(channel)
                 await exchange(channel)
+
+
+@both_loops
+async def test_who_leaves_again_and_again_waits_too(certs, caplog):
+    clock = Clock()
+    async with receiver(psk(certs), clock=clock) as there:
+        for count in range(1, 121):
+            async with stranger(there.address):
+                pass
+            await until(lambda n=count: len(refusals(caplog)) == n)
+        async with stranger(there.address) as client:
+            assert await client.rest() == b""
+        await refused(caplog, there, "too many failures", 121)
+        clock.now += 61
+        async with await connect(*there.address, auth=ClientAuth(TOKEN)) as channel:
+            await exchange(channel)
 
 
 def test_an_address_blocked_is_not_another():
@@ -808,11 +847,11 @@ async def test_frames_of_every_size_come_back(certs):
         b"",
         b"x",
         text * 200,
-        os.urandom(70_000),
         (text * (MiB // len(text) + 1))[:MiB],
         (text * (MiB // len(text) + 1))[:MiB],  # by now in a thread
-        os.urandom(MiB),
         bytes(MiB + 65536),
+        os.urandom(70_000),
+        os.urandom(MiB),
     ]
     async with joined(certs) as (channel, there):
         for payload in payloads:
@@ -822,6 +861,30 @@ async def test_frames_of_every_size_come_back(certs):
         assert channel.sent_bytes == peer.received_bytes
         assert channel.received_bytes == peer.sent_bytes
         assert MiB < channel.sent_bytes < 1.2 * MiB
+
+
+@both_loops
+async def test_what_never_shrinks_is_seldom_tried(certs, monkeypatch):
+    tried = []
+
+    def spy(type, *buffers, compress=False, **options):
+        tried.append(compress)
+        return encode_frame(type, *buffers, compress=compress, **options)
+
+    monkeypatch.setattr("pveplug.dr.channel.encode_frame", spy)
+
+    async def sink(channel):
+        while await channel.receive() is not None:
+            pass
+
+    async with joined(certs, sink) as (channel, _):
+        for _ in range(100):
+            await channel.send_raw(9, os.urandom(5000), compress=True)
+        assert 5 <= sum(tried) <= 11
+        before = channel.sent_bytes
+        for _ in range(116):
+            await channel.send_raw(9, bytes(5000), compress=True)
+        assert channel.sent_bytes - before < 15 * 5100 + 116 * 100
 
 
 @both_loops
@@ -909,6 +972,32 @@ async def test_what_was_sent_before_closing_arrives(certs):
         async with asyncio.timeout(10):
             await done.wait()
     assert got == [MiB] * 3
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["all of it here", "reading has paused"])
+@both_loops
+async def test_who_reads_late_still_gets_all_and_the_end(certs, count):
+    go, got = asyncio.Event(), []
+
+    async def late(channel):
+        await go.wait()
+        while (frame := await channel.receive()) is not None:
+            got.append(len(frame.payload))
+        got.append(None)
+
+    async with joined(certs, late) as (channel, there):
+        for _ in range(count):
+            await channel.send_raw(9, os.urandom(MiB))
+        await until(lambda: there.handler.channels)
+        peer = there.handler.channels[0]
+        closing = asyncio.create_task(channel.aclose())
+        await until(lambda: peer.received_bytes > min(count, 2) * MiB)
+        if count == 1:
+            await closing  # the connection is gone before anybody has asked
+        go.set()
+        await closing
+        await until(lambda: got and got[-1] is None)
+    assert got == [MiB] * count + [None]
 
 
 @both_loops

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pveplug import scratch
 from pveplug.errors import JobError
 from pveplug.journal import Journal, open_journal, read_entry
 from pveplug.scratch import LocalScratch, StorageScratch, scratch_owner
+from pveplug.selection import VmSummary
+from pveplug.source import Opened, watched
 
 
 class Store:
@@ -103,3 +106,43 @@ async def test_a_storage_full_of_such_names_is_an_error_in_the_end(
     with pytest.raises(JobError, match=r"fleece-63 and all .*Remedy"):
         await made.create("scsi0", 1 << 20, backing=False)
     assert store.named == set()
+
+
+def opened(*counted: str) -> Opened:
+    vm = VmSummary(100, "vm100", "pve1")
+    return Opened(vm, "uuid", "", None, 0, counted=set(counted))
+
+
+async def test_who_reads_is_cancelled_before_the_store_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = scratch.RESERVE
+    monkeypatch.setattr(scratch, "WATCH_S", 0.01)
+    monkeypatch.setattr(scratch, "_free", lambda directory: free)
+    cancelled = False
+
+    async def read() -> None:
+        nonlocal free, cancelled
+        async with watched(opened(str(tmp_path)), 10):
+            await asyncio.sleep(0.05)
+            free -= 1
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                cancelled = True
+                raise
+
+    with pytest.raises(JobError, match=r"VM 100 .*left in .*Remedy"):
+        await read()
+    assert cancelled
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_what_a_watched_reader_raises_passes_as_it_is(tmp_path: Path) -> None:
+    theirs = ExceptionGroup("theirs", [ValueError("a"), KeyError("b")])
+    for raised in (theirs, ValueError("c"), asyncio.CancelledError()):
+        with pytest.raises(type(raised)) as caught:
+            async with watched(opened(str(tmp_path)), 10):
+                raise raised
+        assert caught.value is raised
+    assert len(asyncio.all_tasks()) == 1

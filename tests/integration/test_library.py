@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,56 @@ async def test_a_stopped_vm_is_read_and_a_locked_one_is_not(
     with pytest.raises(ConfigError, match="needs a name"):
         async with pveplug.open_vm(100, options(site), node=node, since="x"):
             pass
+
+
+async def test_reading_ends_before_the_scratch_store_is_full(
+    site: Site, vm: LabVm, file_system: Callable[[str, int], Path]
+) -> None:
+    node = await asyncio.to_thread(load_node, site.node_toml())
+    where = file_system("ext2", 345)  # it can't reserve
+    how = f"{options(site)} mechanism=fleece scratch_dir={where}"
+
+    async def read() -> None:
+        async with pveplug.open_vm(100, how, node=node) as found:
+            async with found.disks[0].open() as reader:
+                (where / "filler").write_bytes(bytes(96 * MiB))
+                async with asyncio.timeout(20):
+                    while True:
+                        assert [block async for block in reader.blocks()]
+
+    with pytest.raises(JobError, match=f"VM 100 .*: only .* left in {where}.*Remedy"):
+        await read()
+    await vm.qemu_io("scsi0", "write -P 8 1M 3M")
+
+
+async def test_reading_ends_when_the_scratch_store_stalls(
+    site: Site, vm: LabVm, file_system: Callable[[str, int], Path]
+) -> None:
+    node = await asyncio.to_thread(load_node, site.node_toml())
+    where = file_system("ext4", 128)
+    how = f"{options(site)} mechanism=fleece cbw_timeout=2 scratch_dir={where}"
+    thawing: list[asyncio.Task[None]] = []
+
+    async def read() -> None:
+        async with pveplug.open_vm(100, how, node=node) as found:
+            async with found.disks[0].open() as reader:
+                assert [block async for block in reader.blocks()]
+                subprocess.run(["fsfreeze", "-f", where], check=True)
+                try:
+                    await asyncio.sleep(20)
+                finally:
+                    # What is ours is taken out of QEMU once the store answers.
+                    thawing.append(asyncio.create_task(thaw(where, 1.0)))
+
+    with pytest.raises(JobError, match=f"store {where} has not answered for 2 s"):
+        await read()
+    await asyncio.gather(*thawing)
+    await vm.qemu_io("scsi0", "write -P 8 1M 3M")
+
+
+async def thaw(where: Path, after_s: float) -> None:
+    await asyncio.sleep(after_s)
+    subprocess.run(["fsfreeze", "-u", where], check=True)
 
 
 def test_importing_the_package_costs_nothing() -> None:

@@ -7,16 +7,15 @@ import json
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pveplug.cbt import Level, home_id
-from pveplug.snapshot import Options, PointInTime, SnapshotDisk
+from pveplug.cbt import home_id
+from pveplug.snapshot import SnapshotDisk
 from tests.support.bare_qemu import BareQemu, DiskImage, make_image
-from tests.support.points import TempScratch, dirty, full_read, unique
+from tests.support.points import full_read, point, rebuilt, taken
 
 pytestmark = pytest.mark.integration
 MIB = 1 << 20
@@ -64,42 +63,28 @@ class Story:
         vm = self.vm
         assert vm is not None
         homes = {key: home_id(100, "u", self.generation, key) for key in self.disks}
-        point = PointInTime(
-            vm.qmp_path,
-            str(self.base / "nbd"),
-            TempScratch(self.base),
-            Options(
-                mechanism=self.mechanism,  # type: ignore[arg-type]
-                cbt=self.cbt,
-                homes=homes if self.persistent else {},
-            ),
+        snapshot = point(
+            vm,
+            self.mechanism,
+            cbt=self.cbt,
+            homes=homes if self.persistent else {},
         )
-        name = unique if len(job) == 2 else str
         found = {}
-        try:
-            level = Level(letter, parent and name(parent))
-            await point.prepare(name(job), level, vm.volids)
-            await point.switch()
-            vm.io("scsi0", "write -P 255 15M 64k")  # not in this point in time
-            for disk in await point.publish():
+        async with taken(
+            snapshot, vm, job, letter, parent,
+            switched=lambda: self.write(255, 15 * MIB),  # not in this point in time
+        ) as disks:  # fmt: skip
+            for disk in disks:
                 if disk.plan is None:
                     assert not self.cbt
                     continue
                 truth = full_read(disk, self.base / "truth")
-                image = bytearray(truth)
-                changed = 0
-                if disk.plan.whole is None:
-                    assert parent is not None
-                    image[:] = self.taken[parent, disk.key]
-                    for at, length in dirty(disk):
-                        image[at : at + length] = truth[at : at + length]
-                        changed += length
-                assert bytes(image) == truth, disk.key
+                old = self.taken.get((parent or "", disk.key))
+                image, changed = rebuilt(disk, truth, old)
+                assert image == truth, disk.key
                 self.taken[job, disk.key] = truth
                 found[disk.key] = disk, changed
-        finally:
-            await point.close()
-        self.notes = point.notes
+        self.notes = snapshot.notes
         assert vm.ours() == []
         return found
 
@@ -128,13 +113,11 @@ class Story:
 
 
 @pytest.fixture
-def story() -> Iterator[Story]:
-    path = Path(tempfile.mkdtemp(prefix="per-", dir="/tmp"))
-    found = Story(path)
+def story(base: Path) -> Iterator[Story]:
+    found = Story(base)
     yield found
     if found.vm is not None:
         found.vm.stop()
-    shutil.rmtree(path)
 
 
 def qemu_img(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 import socket
 import struct
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,28 +16,12 @@ import pytest
 
 from pveplug.cbt import Level
 from pveplug.guestlatency import Counters, counters, slowest
-from pveplug.snapshot import Options, PointInTime, SnapshotDisk
+from pveplug.snapshot import SnapshotDisk
 from tests.support.bare_qemu import BareQemu, DiskImage, make_image
-from tests.support.points import TempScratch, dirty, full_read, unique
+from tests.support.points import full_read, point, rebuilt, taken, unique
 
 pytestmark = pytest.mark.integration
 SIZE = 24 << 20
-
-
-@pytest.fixture
-def base():
-    path = Path(tempfile.mkdtemp(prefix="pit-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
-
-
-def point(vm: BareQemu, mechanism: str) -> PointInTime:
-    return PointInTime(
-        vm.qmp_path,
-        str(vm.base / "nbd"),
-        TempScratch(vm.base),
-        Options(mechanism=mechanism),  # type: ignore[arg-type]
-    )
 
 
 @pytest.mark.parametrize("layout", ["blockdev", "drive"])
@@ -52,7 +34,7 @@ async def test_a_chain_of_segments_restores_every_point_in_time(
         "scsi1": make_image(base / "b.raw", "raw", SIZE + 512 * 3),
     }
     rng = random.Random(7)
-    restored: dict[str, dict[str, bytearray]] = {}
+    restored: dict[str, dict[str, bytes]] = {}
     with BareQemu(base, layout, disks) as vm:
 
         def scribble(count: int) -> None:
@@ -72,34 +54,22 @@ async def test_a_chain_of_segments_restores_every_point_in_time(
             ("06", "I", "03"),  # D4 and I5 were disowned
         ]
         for job, letter, parent in chain:
-            snapshot = point(vm, mechanism)
-            try:
-                await snapshot.prepare(
-                    unique(job), Level(letter, parent and unique(parent)), vm.volids
-                )
-                scribble(5)
-                await snapshot.switch()
-                scribble(20)
-                opened = await snapshot.publish()
+            async with taken(
+                point(vm, mechanism), vm, job, letter, parent,
+                prepared=lambda: scribble(5), switched=lambda: scribble(20),
+            ) as opened:  # fmt: skip
                 scribble(5)
                 for disk in opened:
                     assert disk.plan is not None
+                    assert (disk.context is None) == (letter == "F")
+                    assert (disk.plan.whole is None) == (letter != "F")
+                    assert disk.plan.parent_job == (parent and unique(parent))
                     truth = full_read(disk, base / "truth")
-                    base_image = restored[parent][disk.key] if parent else b""
-                    image = bytearray(base_image or bytes(disk.size))
-                    if letter == "F":
-                        assert disk.context is None
-                        image[:] = truth
-                    else:
-                        assert disk.plan.whole is None
-                        assert disk.plan.parent_job == unique(parent)
-                        for at, length in dirty(disk):
-                            image[at : at + length] = truth[at : at + length]
-                    assert bytes(image) == truth
+                    old = restored[parent][disk.key] if parent else None
+                    image, _ = rebuilt(disk, truth, old)
+                    assert image == truth
                     restored.setdefault(job, {})[disk.key] = image
                     assert full_read(disk, base / "again") == truth
-            finally:
-                await snapshot.close()
             assert vm.ours() == []
             scribble(10)
         inserted = [b["inserted"] for b in vm.command("query-block")]  # type: ignore[attr-defined]
@@ -141,13 +111,9 @@ async def test_clean_up_from_names_frees_the_vm_after_any_step(
 
 async def take(vm: BareQemu, job: str, level: Level) -> SnapshotDisk:
     """Take a point in time of the one disk and let it go again."""
-    snapshot = point(vm, "auto")
-    try:
-        await snapshot.prepare(unique(job), level, vm.volids)
-        await snapshot.switch()
-        (disk,) = await snapshot.publish()
-    finally:
-        await snapshot.close()
+    snapshot = point(vm)
+    async with taken(snapshot, vm, job, level.letter, level.parent_job) as (disk,):
+        pass
     assert snapshot.notes == []
     return disk
 
@@ -245,12 +211,7 @@ async def test_a_stuck_scratch_store_costs_a_guest_the_timeout_once(
     disk_image = make_image(base / "a", "raw", SIZE)
     with BareQemu(base, "blockdev", {"scsi0": disk_image}) as vm:
         vm.io("scsi0", "write -q -P 1 0 24M")
-        snapshot = PointInTime(
-            vm.qmp_path,
-            str(base / "nbd"),
-            TempScratch(store),
-            Options(mechanism="cbw", cbw_timeout_s=1),
-        )
+        snapshot = point(vm, "cbw", store=store, cbw_timeout_s=1)
         await snapshot.prepare(unique("01"), Level("F"), vm.volids)
         await snapshot.switch()
         (disk,) = await snapshot.publish()

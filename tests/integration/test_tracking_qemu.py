@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -23,9 +22,9 @@ from pveplug.cbt import Level
 from pveplug.cleanup import clean_up
 from pveplug.qmp import Qmp
 from pveplug.snapshot import SnapshotDisk
-from tests.integration.test_snapshot_qemu import dirty, full_read, point, unique
 from tests.support.bare_qemu import BareQemu, DiskImage, make_image
 from tests.support.fatal_commands import Watch, roots
+from tests.support.points import dirty, full_read, point, rebuilt, taken, unique
 from tests.support.requires import requires
 
 pytestmark = [
@@ -35,13 +34,6 @@ pytestmark = [
 SIZE = 24 << 20
 NO_TRACKING = "no change tracking since job"
 both_layouts = pytest.mark.parametrize("layout", ["blockdev", "drive"])
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="trk-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture
@@ -72,15 +64,8 @@ class Chain:
         self, job: str, letter: str, parent: str | None = None
     ) -> AsyncIterator[SnapshotDisk]:
         """Take a point in time; let it go at the block's end."""
-        snapshot = point(self.vm, "auto")
-        level = Level(letter, parent and unique(parent))
-        try:
-            await snapshot.prepare(unique(job), level, self.vm.volids)
-            await snapshot.switch()
-            (disk,) = await snapshot.publish()
+        async with taken(point(self.vm), self.vm, job, letter, parent) as (disk,):
             yield disk
-        finally:
-            await snapshot.close()
 
     async def take(self, job: str, letter: str, parent: str | None = None) -> str:
         """Back up, check the image, return why it was read whole ("" if it wasn't)."""
@@ -91,16 +76,12 @@ class Chain:
         """Build the job's image from its parent's and what the union says."""
         assert disk.plan is not None
         now = full_read(disk, self.vm.base / "truth")
-        image = bytearray(now)
-        if not (why := disk.plan.whole):
-            assert disk.plan.parent_job is not None
-            old = self.images[disk.plan.parent_job[-2:]]
-            image[: len(old)] = old
-            for at, length in dirty(disk):
-                image[at : at + length] = now[at : at + length]
+        image, _ = rebuilt(
+            disk, now, self.images.get((disk.plan.parent_job or "")[-2:])
+        )
         assert image == now, f"job {job} is wrong"
         self.images[job] = now
-        return why or ""
+        return disk.plan.whole or ""
 
 
 def first_node(vm: BareQemu) -> Mapping[str, Any]:

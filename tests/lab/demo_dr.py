@@ -195,12 +195,11 @@ class Demo:
         replica = self._sites.dr.vm(int(found[1]))
         for key, wanted in sums.items():
             path = replica.disk_path(key)
-            held = await asyncio.to_thread(dr_truth.content, path, found[2])
-            told = held.sha256
-            if told != wanted:
-                raise DemoError(f"{path} at {found[2]} is {told}, not {wanted}")
+            told = await asyncio.to_thread(dr_truth.content, path, found[2])
+            if told.sha256 != wanted:
+                raise DemoError(f"{path} at {found[2]} is {told.sha256}, not {wanted}")
             self._screen.say(
-                f"{key}: restore point {found[2]} is {told[:16]}… as the guest said"
+                f"{key}: {found[2]} is {told.sha256[:16]}…, as the guest said"
             )
         self._sums = sums
         return replica

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
-from pveplug.snapshot import ScratchFile, SnapshotDisk
-from tests.support.bare_qemu import make_image
+from pveplug.cbt import Level
+from pveplug.snapshot import Options, PointInTime, ScratchFile, SnapshotDisk
+from tests.support.bare_qemu import BareQemu, make_image
 
 
 class TempScratch:
@@ -25,6 +29,65 @@ class TempScratch:
     async def remove(self) -> None:
         for path in self.base.glob("scratch-*"):
             path.unlink()
+
+
+def point(
+    vm: BareQemu, mechanism: str = "auto", *, store: Path | None = None, **options: Any
+) -> PointInTime:
+    """A point in time of a VM, with scratch in ``store`` or beside its disks."""
+    return PointInTime(
+        vm.qmp_path,
+        str(vm.base / "nbd"),
+        TempScratch(store or vm.base),
+        Options(mechanism=mechanism, **options),  # type: ignore[arg-type]
+    )
+
+
+@contextlib.asynccontextmanager
+async def taken(
+    snapshot: PointInTime,
+    vm: BareQemu,
+    job: str,
+    letter: str = "F",
+    parent: str | None = None,
+    *,
+    prepared: Callable[[], object] = lambda: None,
+    switched: Callable[[], object] = lambda: None,
+) -> AsyncIterator[list[SnapshotDisk]]:
+    """Take it and let it go at the block's end.
+
+    Args:
+        job: as ``parent``, a unique name or the number of one.
+        prepared: is called before the switch, ``switched`` right after it.
+    """
+    try:
+        level = Level(letter, parent and unique(parent))
+        await snapshot.prepare(unique(job), level, vm.volids)
+        prepared()
+        await snapshot.switch()
+        switched()
+        yield await snapshot.publish()
+    finally:
+        await snapshot.close()
+
+
+def rebuilt(disk: SnapshotDisk, now: bytes, old: bytes | None) -> tuple[bytes, int]:
+    """What a restore of the job makes of the disk, and how many bytes it carries.
+
+    Args:
+        now: the point in time, all of it.
+        old: what the job it builds on had restored to.
+    """
+    assert disk.plan is not None
+    image, carried = bytearray(now), len(now)
+    if disk.plan.whole is None:
+        assert old is not None
+        image[: len(old)] = old
+        carried = 0
+        for at, length in dirty(disk):
+            image[at : at + length] = now[at : at + length]
+            carried += length
+    return bytes(image), carried
 
 
 def uri(disk: SnapshotDisk) -> str:
@@ -48,4 +111,5 @@ def dirty(disk: SnapshotDisk) -> list[tuple[int, int]]:
 
 
 def unique(job: str) -> str:
-    return f"nightly.2026-11-22_20.42.31_{job}"
+    """Return the name of a job of which only the number is given."""
+    return job if len(job) > 2 else f"nightly.2026-11-22_20.42.31_{job}"

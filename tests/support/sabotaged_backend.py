@@ -38,6 +38,18 @@ qmp.Qmp.execute = execute
 import pveplug.cbt as cbt
 cbt._union = lambda *arguments: ("planted", [])
 """,
+    # One changed cluster of a disk that is compared is called unchanged.
+    "digest": """
+import pveplug.images.leaves as leaves
+right = leaves.Window.same
+missed = set()
+def same(self, cluster, digest):
+    if right(self, cluster, digest):
+        return True
+    missed.add(cluster)
+    return len(missed) == 1
+leaves.Window.same = same
+""",
 }
 
 

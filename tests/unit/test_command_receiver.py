@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pveplug.cli import main
+from pveplug.dr.receiver_config import load_receiver
 from pveplug.dr.tls import ClientAuth, ServerAuth, client_trust, server_trust
+from pveplug.node import Node
 
 CA = ("--with-ca", "--client-host", "192.0.2.1")
 
@@ -48,7 +50,7 @@ def test_it_makes_what_a_receiver_reads(tmp_path, capsys):
             "port": 8006,
             "node": written["pve"]["node"],
             "token_id": "podheitor@pve!receiver",
-            "token_secret_file": f"{base}.pve-secret",
+            "token_secret_file": f"{base}.secret",
             "fingerprint": "",
         },
         "replicas": {"storage": "", "bridge_map": "", "pool": ""},
@@ -68,9 +70,22 @@ def test_it_makes_what_a_receiver_reads(tmp_path, capsys):
     assert server_trust(auth).own == bytes.fromhex(pin)
 
 
+@pytest.mark.parametrize("options", [(), CA], ids=["token", "token and CA"])
+def test_the_receiver_reads_its_own_configuration(tmp_path, options):
+    assert init(tmp_path, *options) == 0
+    (tmp_path / "receiver-main.secret").touch(0o600)
+    (tmp_path / "receiver-main.secret").write_text("aaaa-bbbb\n")
+    config = load_receiver(tmp_path / "receiver-main.toml", Node())
+    config.check_files()
+    assert config.name == "main"
+    assert (config.port, config.retention_min, config.metrics_port) == (9190, 3, 9191)
+    assert bool(config.ca_file) == bool(options)
+    assert len(config.token().reveal()) == 64
+
+
 def test_its_certificate_is_of_version_3_and_names_the_hosts(tmp_path):
     assert init(tmp_path, "--host", "dr.example.org", "--host", "192.0.2.7") == 0
-    made = certificate(tmp_path / "receiver-dr.crt")
+    made = certificate(tmp_path / "receiver-main.crt")
     assert made.version is x509.Version.v3
     assert isinstance(made.public_key().curve, ec.SECP256R1)
     assert made.issuer == made.subject
@@ -84,23 +99,23 @@ def test_its_certificate_is_of_version_3_and_names_the_hosts(tmp_path):
 def test_with_a_ca_both_ends_have_certificates_from_it(tmp_path, capsys):
     assert init(tmp_path, "--host", "192.0.2.7", *CA) == 0
     at = {path.name: path for path in tmp_path.iterdir()}
-    ca = certificate(at["receiver-dr-ca.crt"])
+    ca = certificate(at["receiver-main-ca.crt"])
     assert extension(ca, x509.BasicConstraints).ca
     for name, host in (
-        ("receiver-dr", "192.0.2.7"),
-        ("receiver-dr-sender", "192.0.2.1"),
+        ("receiver-main", "192.0.2.7"),
+        ("receiver-main-sender", "192.0.2.1"),
     ):
         made = certificate(at[f"{name}.crt"])
         made.verify_directly_issued_by(ca)
         names = extension(made, x509.SubjectAlternativeName)
         assert list(map(str, names.get_values_for_type(x509.IPAddress))) == [host]
-    written = tomllib.loads(at["receiver-dr.toml"].read_text())
+    written = tomllib.loads(at["receiver-main.toml"].read_text())
     assert written["auth"] == {
-        "token_file": str(at["receiver-dr.token"]),
-        "ca_file": str(at["receiver-dr-ca.crt"]),
+        "token_file": str(at["receiver-main.token"]),
+        "ca_file": str(at["receiver-main-ca.crt"]),
     }
-    sender = at["receiver-dr-sender.crt"], at["receiver-dr-sender.key"]
-    client_trust(ClientAuth(None, *map(str, sender), str(at["receiver-dr-ca.crt"])))
+    sender = at["receiver-main-sender.crt"], at["receiver-main-sender.key"]
+    client_trust(ClientAuth(None, *map(str, sender), str(at["receiver-main-ca.crt"])))
     assert "dr_auth_ca=" in capsys.readouterr().out
 
 
@@ -115,7 +130,7 @@ def test_only_the_owner_reads_what_is_secret(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["receiver-dr.token", "receiver-dr.crt", "receiver-dr.toml"]
+    "name", ["receiver-main.token", "receiver-main.crt", "receiver-main.toml"]
 )
 def test_what_exists_is_left_as_it_is(tmp_path, name, capsys):
     (tmp_path / name).symlink_to("/nowhere")
@@ -168,5 +183,5 @@ def test_what_makes_no_sense_is_refused(tmp_path, options, text, capsys):
 def test_odd_paths_survive_the_configuration(tmp_path):
     folder = tmp_path / 'a "b" \\ ü'
     assert init(folder) == 0
-    written = tomllib.loads((folder / "receiver-dr.toml").read_text())
-    assert written["tls"]["cert"] == str(folder / "receiver-dr.crt")
+    written = tomllib.loads((folder / "receiver-main.toml").read_text())
+    assert written["tls"]["cert"] == str(folder / "receiver-main.crt")

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import hmac
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ from pveplug.proto.dr_auth import (
     State,
     certificate_hash,
 )
-from pveplug.proto.dr_wire import FrameReader, RawFrame
+from pveplug.proto.dr_wire import FrameReader, RawFrame, encode_frame
 
 TOKEN, OTHER = b"0123456789abcdef" * 4, b"fedcba9876543210" * 4
 SERVER_CERT, CLIENT_CERT, MALLORY = (bytes([n]) * 32 for n in (1, 2, 3))
@@ -100,6 +101,17 @@ def test_the_macs_are_over_exactly_this():
         )
         assert frames[got].payload == hmac.digest(TOKEN, covered, "sha256")
     assert [frames[0].payload, frames[1].payload] == [hello, challenge]
+
+
+def test_the_document_shows_these_bytes():
+    page = Path(__file__).parents[2] / "docs" / "protocols" / "dr.md"
+    shown = "".join(page.read_text(encoding="utf-8").split())
+    identity = Identity(Method.PSK, b"\x11" * 32, token=b"0123456789abcdef" * 4)
+    one, other = client(identity, b"\xcc" * 32), server(identity, b"\x55" * 32)
+    for sent, arrow in zip(shake(one, other), "►◄►◄", strict=True):
+        wire = b"".join(encode_frame(sent.type, sent.payload)).hex()
+        assert arrow + wire in shown
+    assert server().refuse("because").hex().upper() in shown
 
 
 def test_the_hash_of_a_certificate():

@@ -125,8 +125,8 @@ def test_the_file_is_named_in_every_complaint(tmp_path):
 
 def test_what_receiver_init_writes_is_read(tmp_path, capsys):
     assert main(["receiver", "init", "--dir", str(tmp_path), "--name", "dr"]) == 0
-    (tmp_path / "receiver-dr.pve-secret").write_text("s3cret")
-    (tmp_path / "receiver-dr.pve-secret").chmod(0o600)
+    (tmp_path / "receiver-dr.secret").write_text("s3cret")
+    (tmp_path / "receiver-dr.secret").chmod(0o600)
     config = load_receiver(tmp_path / "receiver-dr.toml", Node())
     config.check_files()
     assert config.name == "dr"

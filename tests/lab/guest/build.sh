@@ -113,6 +113,7 @@ gcc -std=c11 -O2 -static -Wall -Wextra -Werror -o "$root/bin/tg-write" "$here/tg
 strip "$root/bin/tg-write"
 ln "$root/bin/tg-write" "$root/bin/tg-writer"
 cp "$here"/tg-sum "$here"/tg-mark "$here"/tg-shutdown "$root/bin/"
+ln -s ../bin/tg-shutdown "$root/sbin/shutdown" # what qemu-ga runs for guest-shutdown
 cp "$here/init" "$root/init"
 chmod 755 "$root/init" "$root"/bin/*
 (cd "$root" && find . | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet --reproducible) |
