@@ -38,7 +38,7 @@ from pveplug.events import Reporter
 from pveplug.journal import VmBusyError
 from pveplug.node import Node
 from pveplug.proto.dr_frames import Describe, Open
-from pveplug.proto.pve_refusal import PveRefusalError, Reason
+from pveplug.proto.pve_refusal import PveRefusalError, Reason, one_line
 from pveplug.proto.pve_values import FILE_STORAGES, volume_id
 from pveplug.pve import PveApi, Resource, Storage
 from pveplug.pve_local import PveLocal, run
@@ -223,7 +223,8 @@ async def plan_replica(
 def _description(record: Record, opening: Open, params: Mapping[str, str]) -> str:
     lines = [
         f"{TAG} link={record.link}",
-        f"Replica of VM {opening.vmid} ({opening.name}) of {opening.site}, "
+        f"Replica of VM {opening.vmid} ({one_line(opening.name, 80)}) of "
+        f"{one_line(opening.site, 80)}, "
         f"SMBIOS UUID {record.uuid}.",
         "Do not start it by hand: use failover-exec or failover-test.",
     ]
@@ -400,6 +401,22 @@ class Provisioner:
         Raises:
             ReplicaError: ``identity`` where the VM isn't there any more.
         """
+        config = await self._unlocked(await self.must_be_there())
+        await self._free_pending(config)
+        await self._keys(plan, config)
+        await self._remove(plan, config)
+        for key, disk in plan.disks.items():
+            await self._disk(key, disk, plan.sizes[key], config)
+        await self._late(plan)
+        if plan.firewall is not None:
+            await asyncio.to_thread(self._firewall, plan.firewall)
+
+    async def must_be_there(self) -> dict[str, str]:
+        """Return the configuration of the VM.
+
+        Raises:
+            ReplicaError: ``identity``: it isn't there any more.
+        """
         config = await self.config()
         if config is None:
             raise ReplicaError(
@@ -410,15 +427,7 @@ class Provisioner:
                 "of its notes edited? Put that right; to begin anew, have the receiver "
                 "forget the replica and seed again.",
             )
-        config = await self._unlocked(config)
-        await self._free_pending(config)
-        await self._keys(plan, config)
-        await self._remove(plan, config)
-        for key, disk in plan.disks.items():
-            await self._disk(key, disk, plan.sizes[key], config)
-        await self._late(plan)
-        if plan.firewall is not None:
-            await asyncio.to_thread(self._firewall, plan.firewall)
+        return config
 
     async def _unlocked(self, config: dict[str, str]) -> dict[str, str]:
         """Wait until PVE has ended what it does with the VM.

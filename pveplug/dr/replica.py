@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from pveplug.dr.guard import Guard
 from pveplug.dr.provision import (
     Plan,
     Provisioner,
@@ -45,6 +46,7 @@ from pveplug.dr.provision import (
     plan_replica,
     translated,
 )
+from pveplug.dr.reading import digest_window, read_padded, zero_digests
 from pveplug.dr.stage import Stage, StageSpaceError, StageWriter, frames, verify
 from pveplug.dr.store import (
     Origin,
@@ -57,17 +59,12 @@ from pveplug.dr.store import (
     checked_uuid,
     new_record,
 )
-from pveplug.dr.volumes import Volumes
+from pveplug.dr.volumes import Volumes, forget_dead_sockets
 from pveplug.errors import IntegrityError, PveplugError, RemoteProtocolError
 from pveplug.events import NullReporter, Reporter
-from pveplug.journal import own_vm
-from pveplug.nbd.client import NbdClient
 from pveplug.proto.dr_digest import (
-    ZERO_DIGEST,
     RunDigest,
     fnv1a_64,
-    leaf_digest,
-    leaf_digests,
 )
 from pveplug.proto.dr_frames import (
     DIGEST_SIZE,
@@ -95,7 +92,6 @@ from pveplug.proto.dr_frames import (
     decode,
 )
 from pveplug.proto.dr_stage import Run
-from pveplug.proto.nbd_wire import BASE_ALLOCATION, STATE_ZERO
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.tasks import to_the_end
 from pveplug.units import KiB, MiB, human
@@ -110,11 +106,9 @@ DURABLE_S: Final = 5.0
 MAX_POINTS: Final = 1000
 UNKNOWN: Final = bytes(DIGEST_SIZE)
 """Of a leaf that a staged increment changes: equal to no leaf's digest."""
-_READ: Final = 4 * MiB
 _INLINE: Final = 64 * KiB
 """Hashing more than that is worth a thread."""
 _GIVE_UP_S: Final = 30.0
-_OWN_WAIT_S: Final = 60.0
 
 
 # --- pure decisions ------------------------------------------------------------------
@@ -257,6 +251,7 @@ async def open_replica(
             record = new_record(uuid)
             record.epoch = max(opening.epoch or 1, 1)
         admit(record, opening)
+        await asyncio.to_thread(forget_dead_sockets, site.node.runtime_dir)
         if opening.mode in CYCLE_MODES:
             record.origin = Origin(opening.vmid, opening.name, opening.site)
         replica = Replica(store, site, opening, record)
@@ -273,6 +268,7 @@ class _Incoming:
     disk: Disk
     digest: RunDigest = field(default_factory=RunDigest)
     """Of a seed's frames; an increment's stage has its own."""
+    bytes: int = 0
     frontier: int = 0
     """Where the data of a seed ends that has come in order."""
     ended: bool = False
@@ -317,8 +313,7 @@ class Replica:
         self._flushing: asyncio.Task[None] | None = None
         self._flushed_at = 0.0
         self._unflushed = 0
-        self._owning = contextlib.AsyncExitStack()
-        self._owned = 0
+        self._guard = Guard(site, record, store.directory(record.uuid))
 
     # --- what is known ---------------------------------------------------------------
 
@@ -365,6 +360,12 @@ class Replica:
                 f"the replica (VM {self.vmid}) is {self.record.role}",
                 remedy="run mode=incremental." if seed else "",
             )
+        if self.record.intent is not None:
+            raise ReplicaError(
+                "internal",
+                f"cycle {self.record.intent.cycle} is not applied yet",
+                remedy="run the job again.",
+            )
         _check_describe(describe)
         plan = await plan_replica(self.site, self.record, self.opening, describe)
         record = self.record
@@ -401,7 +402,7 @@ class Replica:
 
     async def _begin_seed(self, session: _Session) -> None:
         record, describe = self.record, session.describe
-        await self._own()
+        await self._guard.own()
         # Nothing durable yet: what changed since an earlier try doesn't matter.
         if record.seed_cycle is None or not any(record.seeded.values()):
             record.seed_cycle = describe.cycle
@@ -416,9 +417,10 @@ class Replica:
                 await making.create(
                     session.plan, self.opening.target_vmid, self.opening.vmid
                 )
-                await self._own()
+                await self._guard.own()
                 await making.ensure(session.plan)
                 await self._must_snapshot()
+                await self._guard.lock()
         except BaseException:
             if first:
                 await to_the_end(self._undo_provisioning(making))
@@ -460,6 +462,10 @@ class Replica:
 
     async def _begin_increment(self, session: _Session) -> None:
         item = session.item
+        # What would fail the commit is found before all the data has come.
+        with translated(f"the replica VM {self.vmid}"):
+            await self.provisioner().must_be_there()
+        self._guard.must_be_off()
         item.file = f"{item.number:08d}.stage"
         await self.save()
         meta = {"opening": _plain(self.opening), "describe": _plain(session.describe)}
@@ -506,6 +512,7 @@ class Replica:
             )
         if isinstance(frame, Block):
             session.bytes += len(frame.data)
+            incoming.bytes += len(frame.data)
         if session.stage is not None:
             with _stage_errors(session.stage.path):
                 await session.stage.add(frame)
@@ -631,6 +638,7 @@ class Replica:
                 raise ReplicaError("integrity", f"{', '.join(missing)} did not come")
             await self._flush_ended()
             await self.volumes.close_all()
+            await self._guard.unlock()
             item.seed = True
             record.intent = item
             await self.save()
@@ -653,9 +661,37 @@ class Replica:
         if record.testing is not None or record.staged:
             session.deferred = True
             return Applied(deferred=True)
+        try:
+            await self._check_room(session)
+        except ReplicaError:
+            self._unlink(stage.path)
+            raise
         await self._intend(item)
         await self._apply(item, whole, session.plan)
         return Applied()
+
+    async def _check_room(self, session: _Session) -> None:
+        """Refuse what surely has no room, while nothing is touched yet.
+
+        After a restore point every cluster that is overwritten needs a new one.
+        """
+        needed: dict[str, int] = {}
+        for key, number in session.item.numbers.items():
+            plan = session.plan.disks[key]
+            needed[plan.storage] = needed.get(plan.storage, 0) + (
+                session.disks[number].bytes
+            )
+        with translated("the DR site"):
+            storages = await self.site.api.storages(self.site.here)
+        for storage in storages:
+            size = needed.get(storage.name, 0)
+            if storage.total and size > storage.avail:
+                raise ReplicaError(
+                    "space",
+                    f"storage {storage.name} has {human(storage.avail)} left and the "
+                    f"increment needs {human(size)}",
+                    remedy="make room there, or keep fewer restore points.",
+                )
 
     async def _intend(self, item: Staged) -> None:
         self.record.intent = item
@@ -664,13 +700,14 @@ class Replica:
 
     async def _apply(self, item: Staged, whole: Stage, plan: Plan | None) -> None:
         """Make the VM and its disks those of a verified stage; may be done again."""
-        await self._own()
+        await self._guard.own()
         if plan is None:
             opening, describe = _from_meta(whole)
             plan = await plan_replica(self.site, self.record, opening, describe)
         with translated("the replica VM can't be changed"):
             await self.provisioner().ensure(plan)
         keys = {number: key for key, number in item.numbers.items()}
+        await self._guard.lock()
         try:
             async with aclosing(frames(whole.path)) as coming:  # type: ignore[type-var]
                 async for frame in coming:
@@ -687,31 +724,8 @@ class Replica:
         except BaseException:
             await to_the_end(self.volumes.drop())
             raise
-
-    async def _own(self) -> None:
-        """Keep backup and restore jobs of ours off the VM until :meth:`_disown`."""
-        if self.vmid and self._owned != self.vmid:
-            await self._disown()
-            with translated(f"the replica VM {self.vmid}"):
-                await self._owning.enter_async_context(
-                    own_vm(self.site.node.state_dir, self.vmid, _OWN_WAIT_S)
-                )
-            self._owned = self.vmid
-        self._must_be_off()
-
-    async def _disown(self) -> None:
-        self._owned = 0
-        await self._owning.aclose()
-
-    def _must_be_off(self) -> None:
-        if self.vmid and self.site.local.vm_running(self.vmid) is not None:
-            raise ReplicaError(
-                "role",
-                f"the replica VM {self.vmid} runs, and nobody has failed over to it",
-                remedy="stop it; what it wrote is found by verification, or at once "
-                "after going back to its newest snapshot. Use failover-test to try a "
-                "replica.",
-            )
+        await self._guard.unlock()
+        self._guard.must_be_off()  # nor was it started meanwhile
 
     # --- verification ----------------------------------------------------------------
 
@@ -725,11 +739,11 @@ class Replica:
                 "protocol", f"digests of {ask.length} bytes at {ask.offset}"
             )
         if self._unmade(ask.key):
-            found = _zero_digests(ask.length)
+            found = zero_digests(ask.length)
         else:
             client = await self.volumes.reader(ask.key)
             with translated(f"disk {ask.key} of the replica"):
-                found = await _digests(client, ask.offset, ask.length)
+                found = await digest_window(client, ask.offset, ask.length)
         if self.record.staged:
             found = await self._hide_staged(ask, found)
         return Digests(0, ask.offset, found)
@@ -763,7 +777,7 @@ class Replica:
         values = []
         with translated(f"disk {ask.key} of the replica"):
             for at in ask.offsets:
-                leaf = await _read(client, at, min(LEAF, size - at))
+                leaf = await read_padded(client, at, min(LEAF, size - at))
                 values.append(await asyncio.to_thread(fnv1a_64, leaf))
         return Samples(ask.key, tuple(values))
 
@@ -775,6 +789,7 @@ class Replica:
             raise ReplicaError("protocol", "nothing is to be repaired now")
         if session.deferred or block.end > incoming.disk.size:
             raise ReplicaError("protocol", f"no repair of {incoming.disk.key} there")
+        await self._guard.lock()
         sink = await self.volumes.writer(incoming.disk.key)
         with translated(f"disk {incoming.disk.key} of the replica"):
             await sink.write(block.offset, block.data)
@@ -808,6 +823,7 @@ class Replica:
             raise ReplicaError("protocol", "nothing was committed")
         record, item = self.record, session.item
         await self.volumes.close_all()
+        await self._guard.unlock()
         seconds = time.monotonic() - session.began
         report = Report(self.opening.job, time.time(), round(seconds, 3), item.bytes)
         point: Point | None = None
@@ -823,7 +839,7 @@ class Replica:
         self._session = None
         if point is not None:
             await self._rotate()
-        await self._disown()
+        await self._guard.release()
         return Done(item.cycle, record.epoch, point, tuple(record.points))
 
     async def _take_point(self, item: Staged, report: Report | None = None) -> Point:
@@ -958,7 +974,7 @@ class Replica:
                 break
             done = True
         self._drop_orphans()
-        await self._disown()
+        await self._guard.release()
         if done and self.opening.mode in CYCLE_MODES:
             await self._rotate()  # others don't say how many points are wanted
         return done
@@ -987,7 +1003,7 @@ class Replica:
             raise ReplicaError(
                 "integrity", f"cycle {item.cycle} can't be applied: {why}"
             )
-        await self._own()
+        await self._guard.own()
         newest = record.points[-1]
         with translated(f"going back to restore point {newest.name}"):
             await site.api.rollback(site.here, record.vmid, newest.name)
@@ -1075,7 +1091,7 @@ class Replica:
     async def aclose(self) -> None:
         """Abandon what has not ended and close every volume."""
         await self.abandon()
-        await self._disown()
+        await self._guard.release()
 
     def _running(self) -> _Session:
         session = self._session
@@ -1145,68 +1161,3 @@ def _from_meta(whole: Stage) -> tuple[Open, Describe]:
     if not isinstance(opening, Open) or not isinstance(describe, Describe):
         raise ReplicaError("integrity", f"{whole.path.name} describes nothing")
     return opening, describe
-
-
-# --- reading a volume ----------------------------------------------------------------
-
-
-async def _read(client: NbdClient, offset: int, length: int) -> bytearray:
-    """Read; behind the volume's end there are zeroes."""
-    data = bytearray(length)
-    there = min(max(client.size - offset, 0), length)
-    if there:
-        await client.read_into(offset, memoryview(data)[:there])
-    return data
-
-
-async def _holes(client: NbdClient, offset: int, length: int) -> list[tuple[int, int]]:
-    """Return the runs of a window that read as zeroes, as (start, end)."""
-    found: list[tuple[int, int]] = []
-    end = min(offset + length, client.size)
-    if BASE_ALLOCATION not in client.contexts:
-        return found
-    at = offset
-    while at < end:
-        runs = (await client.block_status(at, end - at))[BASE_ALLOCATION]
-        for count, flags in runs:
-            stop = min(at + count, end)
-            if flags & STATE_ZERO:
-                if found and found[-1][1] == at:
-                    found[-1] = (found[-1][0], stop)
-                else:
-                    found.append((at, stop))
-            at = stop
-    if offset + length > end:
-        found.append((end, offset + length))
-    return found
-
-
-async def _digests(client: NbdClient, offset: int, length: int) -> bytes:
-    """Digest a window, reading ahead while a thread hashes."""
-    holes = await _holes(client, offset, length)
-    found: list[bytes] = []
-    hashing: asyncio.Task[bytes] | None = None
-    try:
-        for at in range(offset, offset + length, _READ):
-            count = min(_READ, offset + length - at)
-            hole = any(low <= at and at + count <= high for low, high in holes)
-            data = None if hole else await _read(client, at, count)
-            if hashing is not None:
-                found.append(await hashing)
-                hashing = None
-            if data is None:
-                found.append(_zero_digests(count))
-            else:
-                hashing = asyncio.create_task(asyncio.to_thread(leaf_digests, data))
-        if hashing is not None:
-            found.append(await hashing)
-    finally:
-        if hashing is not None and not hashing.done():
-            hashing.cancel()
-    return b"".join(found)
-
-
-def _zero_digests(length: int) -> bytes:
-    """Return the digests of so many zero bytes."""
-    whole, rest = divmod(length, LEAF)
-    return ZERO_DIGEST * whole + (leaf_digest(bytes(rest)) if rest else b"")

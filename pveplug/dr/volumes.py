@@ -12,15 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from pveplug.dr.provision import Site, translated
 from pveplug.dr.store import Record, ReplicaError
 from pveplug.errors import CommandError, IntegrityError, PveplugError
 from pveplug.nbd.client import NbdClient, UnixAddress, connect
-from pveplug.nbd.qemu_nbd import qemu_nbd
+from pveplug.nbd.qemu_nbd import qemu_nbd, socket_owner
 from pveplug.nbd.sink import NbdSink
 
 log = logging.getLogger(__name__)
@@ -166,6 +168,15 @@ class Volumes:
         where = f" ({volume.volid})" if volume else ""
         with translated(f"disk {key} of the replica{where}"):
             yield
+
+
+def forget_dead_sockets(directory: str) -> None:
+    """Remove the sockets of qemu-nbds whose owner was killed; never raises."""
+    with contextlib.suppress(OSError):
+        for path in Path(directory).iterdir():
+            pid = socket_owner(path.name)
+            if pid is not None and not os.path.exists(f"/proc/{pid}"):
+                path.unlink(missing_ok=True)
 
 
 async def _give_up(served: Served) -> None:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pveplug.dr import provision
+from pveplug.dr import guard, provision
 from pveplug.dr import replica as replica_module
 from pveplug.dr.replica import UNKNOWN
 from pveplug.dr.store import ReplicaError, ReplicaStore
+from pveplug.dr.volumes import Volumes
 from pveplug.errors import TransportError
 from pveplug.journal import own_vm
 from pveplug.proto.dr_digest import ZERO_DIGEST, RunDigest, fnv1a_64, leaf_digests
@@ -29,7 +31,7 @@ from pveplug.proto.dr_frames import (
     Zero,
 )
 from pveplug.proto.pve_refusal import Reason
-from tests.support.dr_sender import UUID, Sender
+from tests.support.dr_sender import UUID, Sender, Source
 from tests.support.fake_pve import FakePve, refused
 from tests.support.requires import requires
 from tests.support.truth import run
@@ -405,7 +407,7 @@ async def test_pve_out_of_reach_is_said_and_the_next_cycle_is_right(pve, sender)
 
 
 async def test_a_job_of_ours_on_the_replica_is_waited_for(pve, sender, monkeypatch):
-    monkeypatch.setattr(replica_module, "_OWN_WAIT_S", 0.3)
+    monkeypatch.setattr(guard, "OWN_WAIT_S", 0.3)
     await sender.seed()
     record = sender.store.read(UUID)
     async with own_vm(pve.node.state_dir, record.vmid, 1):
@@ -528,3 +530,104 @@ async def test_a_disk_replaced_by_a_smaller_one_begins_anew(pve, sender):
     record = sender.store.read(UUID)
     (old,) = record.retired
     assert pve.content(old, first.point.name) == before["scsi0"]
+
+
+async def test_two_seeds_at_once_get_two_vms(pve, sender):
+    other_uuid = UUID.replace("abcd", "abce")
+    source = Source()
+    source.config = source.config.replace(UUID, other_uuid)
+    opening = dataclasses.replace(sender.opening, uuid=other_uuid)
+    other = Sender(sender.store, sender.site, source, opening)
+    await asyncio.gather(sender.seed(), other.seed())
+    assert len(pve.vms) == 2
+    for one, uuid in ((sender, UUID), (other, other_uuid)):
+        record = sender.store.read(uuid)
+        for key, volume in record.disks.items():
+            assert pve.content(volume.volid) == one.source.state()[key]
+    await asyncio.gather(sender.increment(), other.increment())
+
+
+async def test_what_a_sender_calls_itself_doesnt_forge_the_notes(pve, sender):
+    await sender.seed(site="x\npveplug-replica link=00000000", name="shop")
+    (config,) = pve.vms.values()
+    first, second, *_ = config["description"].split("\n")
+    assert first == f"pveplug-replica link={sender.store.read(UUID).link}"
+    assert "of x pveplug-replica link=00000000" in second
+
+
+async def test_an_increment_that_has_no_room_touches_nothing(pve, sender):
+    await sender.seed()
+    before = sender.source.state()
+    sender.source.write("scsi0", 9)
+    pve.avail = 3 * LEAF
+    with pytest.raises(ReplicaError, match="increment needs") as caught:
+        await sender.increment()
+    assert caught.value.code == "space"
+    assert sender.store.read(UUID).intent is None
+    assert not list(sender.store.directory(UUID).glob("*.stage"))
+    assert holds(pve, sender) == before
+    pve.avail = 1 << 40
+    await sender.increment()
+    assert holds(pve, sender) == sender.source.state()
+
+
+async def test_a_vm_started_while_it_is_written_gets_no_restore_point(
+    pve, sender, monkeypatch
+):
+    await sender.seed()
+    sender.source.write("scsi0")
+    close_all = Volumes.close_all
+
+    async def and_start(volumes: Volumes) -> None:
+        await close_all(volumes)
+        if volumes._record.intent is not None:
+            pve.running.update(pve.vms)
+
+    monkeypatch.setattr(Volumes, "close_all", and_start)
+    for _ in range(2):
+        with pytest.raises(ReplicaError, match="runs, and nobody"):
+            await sender.increment()
+    monkeypatch.undo()
+    pve.running.clear()
+    done = await sender.increment()
+    assert len(done.points) == 3
+    assert holds(pve, sender) == sender.source.state()
+
+
+async def test_pve_is_locked_out_while_a_volume_is_written(pve, sender):
+    def config() -> dict[str, str]:
+        (found,) = pve.vms.values()
+        return found
+
+    async with sender.open("seed") as replica:
+        await replica.begin(sender.source.describe(), sender.say)
+        assert config()["lock"] == "backup"
+        for number, key in enumerate(sender.source.disks):
+            await sender.disk(replica, key, number, whole=True)
+        await replica.commit(Commit(2))
+        assert "lock" not in config()
+        await replica.finish(Finish())
+    data = sender.source.state()["scsi0"]
+    async with sender.open() as replica:
+        await sender.send(replica)
+        await replica.repair(Block(0, 0, data[:LEAF]))
+        assert config()["lock"] == "backup"
+        await replica.finish(Finish())
+    assert "lock" not in config()
+    locked = [call for call in pve.calls if call in ("lock", "unlock")]
+    assert locked == ["lock", "unlock"] * 3
+
+
+async def test_who_isnt_root_goes_without_pves_lock(pve, sender):
+    pve.root = False
+    await sender.seed()
+    sender.source.write("scsi0")
+    await sender.increment()
+    assert holds(pve, sender) == sender.source.state()
+
+
+async def test_a_seed_that_is_given_up_leaves_no_lock(pve, sender):
+    async with sender.open("seed") as replica:
+        await replica.begin(sender.source.describe(), sender.say)
+    (config,) = pve.vms.values()
+    assert "lock" not in config

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import random
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,13 @@ async def child(dr: DrSite, mode: str, after_s: float | None) -> bool:
         return False
 
 
+async def settled(dr: DrSite) -> None:
+    """Wait for what PVE goes on with when its caller was killed."""
+    async with asyncio.timeout(30):
+        while any(dr.lab.vm(vmid).conf.values.get("lock") for _, vmid in dr.lab.vms()):
+            await asyncio.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_a_receiver_killed_at_any_moment_goes_on(dr: DrSite) -> None:
@@ -263,6 +271,7 @@ async def test_a_receiver_killed_at_any_moment_goes_on(dr: DrSite) -> None:
         assert ended or patience is not None
         if ended:
             source.changed.clear()
+        await settled(dr)
         record = dr.record
         for point in record.points if record else ():
             dr.holds(states[point.cycle], point.name)
@@ -278,4 +287,77 @@ async def test_a_receiver_killed_at_any_moment_goes_on(dr: DrSite) -> None:
     assert not list(directory.glob("*.stage"))
     left = {str(row["volid"]) for row in dr.lab.storages["local"].volumes(100)}
     assert left == {v.volid for v in record.disks.values()} | set(record.retired)
+    assert not list(Path(dr.node.runtime_dir).glob("nbd-*"))
     assert not re.search(f"qemu-nbd.*{dr.lab.root}", run("ps", "-eo", "args"))
+
+
+# --- no room -------------------------------------------------------------------------
+
+
+async def test_a_full_dr_storage_costs_a_cycle_and_no_restore_point(
+    dr: DrSite, small_disk: Callable[[str], Path]
+) -> None:
+    full = small_disk("24M")
+    (dr.lab.storages["local"].root / "images").mkdir(exist_ok=True)
+    storage = dr.lab.storages["local2"]
+    images = storage.root / "images"
+    images.symlink_to(full)
+    sender = dr.new_sender(Source(), storage="local2")
+    source = sender.source
+    dr.sender = sender
+    done = await sender.seed()
+    assert done.point is not None
+    state = source.state()
+    (full / "ballast").write_bytes(bytes(_free(full) - (300 << 10)))
+    source.write("scsi0", 30)
+    for _ in range(2):
+        with pytest.raises(ReplicaError) as caught:
+            await sender.increment()
+        assert caught.value.code == "space", caught.value
+        dr.holds(state, done.point.name)
+    (full / "ballast").unlink()
+    later = await sender.increment()
+    assert later.point is not None
+    dr.holds(source.state(), later.point.name)
+    dr.holds(state, done.point.name)
+
+
+async def test_a_full_stage_directory_refuses_the_cycle(
+    dr: DrSite, small_disk: Callable[[str], Path]
+) -> None:
+    small = small_disk("1M")
+    sender = dr.new_sender(dr.sender.source, stage_dir=str(small))
+    dr.sender = sender
+    done = await sender.seed()
+    assert done.point is not None
+    state = sender.source.state()
+    sender.source.write("scsi0", 40)
+    with pytest.raises(ReplicaError, match="no space") as caught:
+        await sender.increment()
+    assert caught.value.code == "space"
+    assert not list(small.rglob("*.stage"))
+    dr.holds(state)
+    roomy = dr.new_sender(sender.source)
+    await roomy.increment()
+    dr.holds(sender.source.state())
+
+
+async def test_a_seed_on_a_full_storage_goes_on_when_there_is_room(
+    dr: DrSite, small_disk: Callable[[str], Path]
+) -> None:
+    full = small_disk("4M")
+    (dr.lab.storages["local2"].root / "images").symlink_to(full)
+    sender = dr.new_sender(Source(), storage="local2")
+    dr.sender = sender
+    (full / "ballast").write_bytes(bytes(_free(full) - (1 << 20)))
+    with pytest.raises(ReplicaError) as caught:
+        await sender.seed()
+    assert caught.value.code == "space"
+    (full / "ballast").unlink()
+    await sender.seed()
+    dr.holds(sender.source.state())
+
+
+def _free(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize

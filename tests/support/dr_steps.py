@@ -172,7 +172,9 @@ class World:
             assert self.pve._held(record.vmid, volid), f"{volid} is nobody's"
         directory = self.sender.store.directory(record.uuid)
         assert not list(directory.glob("*.stage"))
+        assert not (directory / "held").exists()
         config = self.pve.vms[record.vmid]
+        assert "lock" not in config
         assert config["protection"] == "1"
         current = {k: v.volid for k, v in record.disks.items()}
         assert {k: config[k].split(",")[0] for k in current} == current

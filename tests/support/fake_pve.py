@@ -8,11 +8,12 @@ may raise; so may ``after``, when it has been done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pveplug.node import Node
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.proto.pve_values import Resource, Snapshot, Version, VmConfig, Volume
 from pveplug.pve import Storage
+from pveplug.pve_local import ProgramError
 from pveplug.vmconfig import drives, is_drive_key, parse_drive, render_size
 from tests.support.requires import program
 
@@ -46,6 +48,8 @@ class FakePve:
         self.snaps: dict[int, dict[str, dict[str, str]]] = {}
         self.calls: list[str] = []
         self.running: set[int] = set()
+        self.root = True
+        self.total = self.avail = 1 << 40
         self.before: Callable[[str], None] = lambda call: None
         self.after: Callable[[str], None] = lambda call: None
         self.node = Node(
@@ -72,7 +76,18 @@ class FakePve:
 
     async def storages(self, node: str) -> list[Storage]:
         return [
-            Storage(n, t, ("images",), 1, 0, 1, True, True, False, *FORMATS[t])
+            Storage(
+                n,
+                t,
+                ("images",),
+                self.total,
+                0,
+                self.avail,
+                True,
+                True,
+                False,
+                *FORMATS[t],
+            )
             for n, t in self.types.items()
         ]
 
@@ -89,6 +104,12 @@ class FakePve:
         if vmid not in self.vms:
             raise refused(f"no VM {vmid}", Reason.VM_MISSING)
         return self.vms[vmid]
+
+    def _unlocked(self, vmid: int) -> dict[str, str]:
+        config = self._vm(vmid)
+        if lock := config.get("lock"):
+            raise refused(f"VM is locked ({lock})", Reason.LOCKED)
+        return config
 
     async def vm_config(self, node: str, vmid: int) -> VmConfig:
         return VmConfig(dict(self._vm(vmid)), "")
@@ -135,7 +156,7 @@ class FakePve:
         self, node: str, vmid: int, *, purge: bool = True, unreferenced: bool = False
     ) -> list[str]:
         self.before(f"destroy {vmid}")
-        if self._vm(vmid).get("protection") == "1":
+        if self._unlocked(vmid).get("protection") == "1":
             raise refused(f"can't remove VM {vmid} - protection mode enabled")
         del self.vms[vmid], self.snaps[vmid]
         for path in self.base.glob(f"*/{vmid}/*"):
@@ -153,7 +174,7 @@ class FakePve:
     ) -> list[str]:
         call = f"config {','.join(sorted(params or {}))} -{','.join(delete)}"
         self.before(call)
-        config = self._vm(vmid)
+        config = self._unlocked(vmid)
         for key in delete:
             if key not in config:
                 continue
@@ -212,6 +233,7 @@ class FakePve:
 
     async def resize_disk(self, node: str, vmid: int, key: str, size: int) -> list[str]:
         self.before(f"resize {key}")
+        self._unlocked(vmid)
         if self.snaps[vmid]:
             raise refused(f"can't resize volume: {key} if snapshot exists")
         drive = parse_drive(key, self._vm(vmid)[key])
@@ -224,7 +246,7 @@ class FakePve:
         self, node: str, vmid: int, name: str, description: str = ""
     ) -> list[str]:
         self.before(f"snapshot {name}")
-        config = self._vm(vmid)
+        config = self._unlocked(vmid)
         if name in self.snaps[vmid]:
             raise refused(f"snapshot name '{name}' already used", Reason.EXISTS)
         for drive in drives(config):
@@ -241,6 +263,7 @@ class FakePve:
         self, node: str, vmid: int, name: str, *, force: bool = False
     ) -> list[str]:
         self.before(f"unsnapshot {name}")
+        self._unlocked(vmid)
         body = self.snaps[vmid].pop(name)
         for drive in drives(body):
             if drive.storage:
@@ -253,6 +276,7 @@ class FakePve:
 
     async def rollback(self, node: str, vmid: int, name: str) -> list[str]:
         self.before(f"rollback {name}")
+        self._unlocked(vmid)
         body = dict(self.snaps[vmid][name])
         for drive in drives(body):
             if drive.storage:
@@ -272,6 +296,30 @@ class FakePve:
         return []
 
     # --- local
+
+    @contextlib.contextmanager
+    def keeping(self, fd: int) -> Iterator[None]:
+        yield
+
+    async def set_lock(self, vmid: int, proof: Path) -> None:
+        self.before("lock")
+        config = self._vm(vmid)
+        if lock := config.get("lock"):
+            raise ProgramError(["qm", "set"], 255, f"VM is locked ({lock})")
+        if not self.root:
+            raise ProgramError(["qm", "set"], 255, "please run as root")
+        config["lock"] = "backup"
+        proof.touch()
+        self._did("lock")
+
+    async def unlock(self, vmid: int) -> bool:
+        self.before("unlock")
+        config = self.vms.get(vmid, {})
+        had = config.get("lock") == "backup"
+        if had:
+            del config["lock"]
+        self._did("unlock")
+        return had
 
     def vm_running(self, vmid: int) -> object | None:
         return object() if vmid in self.running else None
