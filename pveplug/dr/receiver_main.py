@@ -153,8 +153,8 @@ def _run(path: Path, config: ReceiverConfig, node: Node) -> int:
         return runner.run(_Daemon(path, config, node).run())
 
 
-def open_api(config: ReceiverConfig) -> PveApi:
-    """Return the API of this site; nothing is sent yet.
+def api_of(config: ReceiverConfig) -> tuple[Endpoint, TokenAuth]:
+    """Return where this site's API is, and its credential.
 
     Raises:
         ConfigError: the token's secret can't be read.
@@ -164,7 +164,7 @@ def open_api(config: ReceiverConfig) -> PveApi:
     pins = config.pve_fingerprints
     ca = PVE_CA if not pins and os.path.exists(PVE_CA) else None
     endpoint = Endpoint(config.pve_host, config.pve_port, pins, ca)
-    return PveApi(endpoint, TokenAuth(config.pve_token_id, secret))
+    return endpoint, TokenAuth(config.pve_token_id, secret)
 
 
 def make_site(config: ReceiverConfig, node: Node, api: PveApi) -> Site:
@@ -193,6 +193,8 @@ class _Daemon:
         self._store = ReplicaStore(config.state_dir)
         self._metrics = Metrics(self._store, stage_dir=config.stage_dir)
         self._apis = contextlib.AsyncExitStack()
+        self._api: PveApi | None = None
+        self._api_of: tuple[Endpoint, TokenAuth] | None = None
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
 
@@ -237,8 +239,12 @@ class _Daemon:
         return EX_OK
 
     async def _site(self, config: ReceiverConfig) -> Site:
-        api = await self._apis.enter_async_context(open_api(config))
-        return make_site(config, self._node, api)
+        wanted = await asyncio.to_thread(api_of, config)
+        if self._api is None or wanted != self._api_of:
+            # The one before is closed at the end: open sessions may be using it.
+            self._api = await self._apis.enter_async_context(PveApi(*wanted))
+            self._api_of = wanted
+        return make_site(config, self._node, self._api)
 
     async def _end(self, server: Server, receiver: Receiver) -> None:
         sdnotify.notify("STOPPING=1", f"STATUS=ending {receiver.sessions} sessions")

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, Final
 
 from pveplug.dr import boot, testvm
@@ -33,6 +34,8 @@ TEST: Final = "failover-test"
 BUSY_S: Final = 30.0
 """How long the end of a test waits for a session that has the replica."""
 _AGAIN_S: Final = 0.5
+MAX_TOLD: Final = 4000
+"""Restore points in one answer: 150 bytes each of the 1 MiB a frame may have."""
 
 Opener = Callable[[ReplicaStore, Site, Open], AbstractAsyncContextManager[Any]]
 
@@ -71,7 +74,8 @@ class ReplicaServices:
         async with self._opener(self.store, self.site, opening) as replica:
             if replica.record.testing is not None and opening.uuid not in self._tests:
                 await Operation(replica, say).clear_test()
-            if opening.mode in CYCLE_MODES:
+            seeded = replica.record.role == "seeding" and replica.record.intent
+            if opening.mode in CYCLE_MODES or seeded:
                 await replica.apply_pending(say)
             yield replica
 
@@ -135,6 +139,9 @@ class ReplicaServices:
             return list(overviews(self.store, **told))
 
         found = await asyncio.to_thread(read)
+        # One frame has to hold it: of very many restore points the newest are told.
+        most = max(1, MAX_TOLD // max(1, len(found)))
+        found = [replace(one, points=one.points[-most:]) for one in found]
         epoch = found[0].epoch if uuid else 0
         return Result("status", epoch, {"replicas": [one.plain() for one in found]})
 

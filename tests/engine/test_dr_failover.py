@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -591,3 +592,17 @@ async def test_status_tells_of_one_or_of_all(dr):
     assert result.values["replicas"][0]["health"] == "late"
     # It is what the channel can carry.
     assert f.decode(f.Result.TYPE, b"".join(bytes(b) for b in result.encode()[1]))
+
+
+async def test_a_status_of_very_much_still_fits_into_a_frame(dr):
+    record = dr.record
+    point = record.points[0]
+    record.points = [replace(point, name=f"ph-rp{n:04d}-x") for n in range(1000)]
+    for number in range(7):
+        record.uuid = f"0a1b2c3d-0000-4000-8000-0000000000{number:02d}"
+        dr.store.write(record)
+    opening = f.Open("status", "", 0, "", "", "")
+    result = await dr.services.act(opening, None, f.Command("status"), dr.say)
+    payload = b"".join(bytes(part) for part in result.encode()[1])
+    assert isinstance(f.decode(f.Result.TYPE, payload), f.Result)
+    assert result.values["replicas"][0]["points"][-1]["name"] == "ph-rp0999-x"
