@@ -11,6 +11,7 @@ import pytest
 
 from pveplug.config import parse_backup
 from pveplug.node import Node, load_node
+from pveplug.proto import dr_frames
 from tests.support.documents import MADE, REPOSITORY, anchors, broken_links, documents
 
 
@@ -54,3 +55,13 @@ def test_plugin_strings_shown_are_read_without_a_warning(path: str) -> None:
     for line in shown:
         _, warnings = parse_backup(line.replace("AA:BB:…", ":".join(["AA"] * 32)))
         assert not warnings
+
+
+def test_every_message_of_replication_is_in_its_protocol() -> None:
+    text = (REPOSITORY / "docs/protocols/dr.md").read_text()
+    for kind, message in dr_frames._JSON.items():
+        keys = " ".join(f"`{spec.name}`" for spec in dataclasses.fields(message))
+        row = rf"\| {kind} \| {message.__name__} \| [SR] \| {keys} ?\|"
+        assert re.search(row, text), f"{kind} {message.__name__}: {keys}"
+    for message in (dr_frames.Block, dr_frames.Zero, dr_frames.Digests):
+        assert f"| {message.TYPE} | {message.__name__} |" in text
