@@ -105,10 +105,11 @@ class Guard:
 
     async def release(self) -> None:
         """Let others have the VM; never raises."""
-        if self._owned:
-            try:
+        try:
+            if self._owned:
                 await self.unlock()
-            except PveplugError as error:
-                log.warning("replica vmid=%d: %s", self._owned, error)
-        self._owned = 0
-        await self._owning.aclose()
+        except PveplugError as error:
+            log.warning("replica vmid=%d: %s", self._owned, error)
+        finally:
+            self._owned = 0
+            await self._owning.aclose()

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,5 +76,7 @@ async def test_a_killed_qemu_nbd_costs_a_cycle_and_no_restore_point(short_tmp: P
             source.changed.clear()
     await sender.increment()
     assert pve.content(volid)[:SIZE] == source.state()["scsi0"]
-    pve.img("check", "-q", str(pve.file(volid)))
+    check = [pve.node.qemu_img, "check", "-q", str(pve.file(volid))]
+    status = subprocess.run(check, capture_output=True, check=False).returncode
+    assert status in (0, 3)  # 3: clusters that nobody uses, which does no harm
     assert hits >= 2
