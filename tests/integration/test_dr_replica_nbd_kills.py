@@ -22,6 +22,7 @@ from tests.support.requires import requires
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     requires("qemu-nbd", "qemu-img"),
 ]

@@ -17,7 +17,11 @@ from pveplug.dr.store import ReplicaError
 from tests.support.dr_steps import Death, Steps, World
 from tests.support.requires import requires
 
-pytestmark = [pytest.mark.integration, requires("qemu-nbd", "qemu-img")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    requires("qemu-nbd", "qemu-img"),
+]
 KINDS = ["death", "refused", "lost"]
 
 
