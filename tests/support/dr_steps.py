@@ -20,6 +20,7 @@ from pveplug.dr import replica as replica_module
 from pveplug.dr.replica import Replica
 from pveplug.dr.stage import StageWriter
 from pveplug.dr.store import Record, ReplicaStore
+from pveplug.pve_local import ProgramError
 from tests.support.dr_sender import Sender, Source
 from tests.support.fake_pve import FakePve, refused
 
@@ -51,6 +52,8 @@ class Steps:
         if self.kind == "death":
             self.dead = True
             raise Death(what)
+        if what.endswith("lock"):
+            raise ProgramError(["qm"], 1, f"fault at {what}")
         raise refused(f"fault at {what}")
 
     def install(self, patch: pytest.MonkeyPatch, pve: FakePve) -> None:
