@@ -153,6 +153,13 @@ async def test_an_interrupted_rollback_is_not_taken_for_the_newest_point(dr):
     assert dr.holds() == dr.states[dr.points[-1]]
 
 
+async def test_a_lock_that_a_killed_session_left_is_in_nobodys_way(dr):
+    await dr.pve.set_lock(dr.vmid, dr.store.directory(UUID) / "held")
+    assert dr.pve.vms[dr.vmid]["lock"] == "backup"
+    await dr.act("failover-exec")
+    assert "lock" not in dr.pve.vms[dr.vmid]
+
+
 async def test_no_such_restore_point_names_those_there_are(dr):
     error = await dr.refused("failover-exec", dr_restore_point="yesterday")
     assert error.code == "configuration"
