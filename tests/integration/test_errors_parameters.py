@@ -73,7 +73,7 @@ async def test_an_unknown_mode_says_which_there_are(world: ErrorWorld) -> None:
         world,
         {
             "mode=bakup vmid=100": "mode=bakup: must be one of backup",
-            "mode=seed vmid=100": "mode=seed needs dr_host, the receiver's",
+            "mode=seed vmid=100": "mode=seed needs dr_host",
         },
     )
 
