@@ -182,7 +182,6 @@ def test_a_log_file_that_cannot_be_written_is_a_warning():
 from pveplug import log
 fd_in, fd_out = log.own_stdio()
 import os
-import re
 os.write(fd_out, (log.setup_backend("/nonexistent/x.log") or "").encode())
 """
     out = run(code).stdout
