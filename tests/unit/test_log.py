@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -186,3 +187,25 @@ os.write(fd_out, (log.setup_backend("/nonexistent/x.log") or "").encode())
     out = run(code).stdout
     assert b"cannot write the log file /nonexistent/x.log: No such file" in out
     assert b"Remedy" in out
+
+
+def test_a_service_says_each_line_with_its_priority_to_the_journal(tmp_path):
+    script = (
+        "import os, logging\n"
+        "from pveplug import log\n"
+        "status = os.fstat(2)\n"
+        "os.environ['JOURNAL_STREAM'] = f'{status.st_dev}:{status.st_ino}'\n"
+        "log.register_secret('hunter22')\n"
+        "log.setup_service()\n"
+        "with log.context(uuid='ab'):\n"
+        "    logging.getLogger('x').warning('a\\nb token=%s', 'hunter22')\n"
+        "del os.environ['JOURNAL_STREAM']\n"
+        "log.setup_service()\n"
+        "logging.getLogger('x').info('later')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    first, second = done.stderr.splitlines()
+    assert first == "<4>WARNING x a | b token=*** uuid=ab"
+    assert re.fullmatch(r"\d{4}-\d\d-\S+Z \[\d+\] INFO x later", second)
