@@ -56,6 +56,7 @@ from pveplug.progress import reporting
 from pveplug.proto.dr_frames import (
     LEAF,
     Applied,
+    Bye,
     Commit,
     Describe,
     DiskInfo,
@@ -475,6 +476,9 @@ class Cycle:
                 )
             compared += len(disk.samples)
             if differ:
+                with contextlib.suppress(PveplugError):
+                    # So that the next opening doesn't make a restore point of it.
+                    await self._talk.send(Bye())
                 raise JobError(
                     f"the replica differs at offset {differ[0]}"
                     + (f" and {len(differ) - 1} more" if len(differ) > 1 else "")

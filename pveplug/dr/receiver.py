@@ -17,7 +17,9 @@
       Digests                       Bye everywhere.
 
 What the table doesn't have ends the session. Whatever ends it before Done, a cut
-included, leaves the replica's last restore point as it was: ``Replica.abandon``.
+included, leaves the replica's last restore point as it was: ``Replica.abandon``. What
+was applied becomes a restore point at the next opening, unless its sender said Bye: it
+has found the replica to be wrong, ``Replica.reject``.
 
 Nothing is queued here: a frame is taken before the next one is read, so a slow disk
 slows the socket, and a session holds one block at a time.
@@ -187,6 +189,8 @@ class Replica(Protocol):
     async def repair(self, block: Block) -> None: ...
 
     async def finish(self, finish: Finish) -> Done: ...
+
+    async def reject(self) -> None: ...
 
     async def abandon(self) -> None: ...
 
@@ -405,6 +409,8 @@ class Session:
             return
         to = follow(self._at, message)
         if to is At.ENDED:
+            if self._at is At.APPLIED:
+                await self._replica.reject()
             await self._abandon()
         elif isinstance(message, Describe):
             self._at = to  # from here on there is something to abandon

@@ -1057,6 +1057,21 @@ class Replica:
 
     # --- the end ---------------------------------------------------------------------
 
+    async def reject(self) -> None:
+        """Give up a cycle that is applied and was found to be wrong.
+
+        It becomes no restore point. The volumes stay as they are, ``dirty``; the next
+        cycle builds on the last one that was acknowledged.
+        """
+        item = self.record.intent
+        if item is None:
+            return
+        self.record.intent = None
+        await self.save()
+        log.warning("cycle rejected by its sender cycle=%s", item.cycle)
+        if item.file:
+            self._unlink(self._stage_path(item))
+
     async def abandon(self) -> None:
         """Let go of a cycle that ends early; never raises.
 

@@ -163,8 +163,11 @@ def _is_block_device(path: str) -> bool:
 async def _start(argv: list[str]) -> asyncio.subprocess.Process:
     # PR_SET_PDEATHSIG: nothing is left over even if we are killed with SIGKILL. KILL,
     # not TERM, which may be lost (see _stop); what was being written is lost anyway.
+    # If we are killed before it is in force nobody is told: hence the shell, which asks
+    # then whether we still are its parent. "$0" is our pid, "$@" the command.
     setpriv = shutil.which("setpriv")
-    prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    ours = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    prefix = [setpriv, "--pdeathsig", "KILL", "--", *ours] if setpriv else []
     if not os.access(argv[0], os.X_OK):
         raise ConfigError(f"{argv[0]} is not there; install qemu-utils or set qemu_nbd")
     try:

@@ -255,6 +255,42 @@ async def test_a_killed_qemu_nbd_is_told_apart_from_a_lost_connection(tmp_path, 
     assert isinstance(caught.value.__cause__, TransportError)
 
 
+async def test_qemu_nbd_does_not_begin_when_its_parent_is_dead_already(tmp_path, raw):
+    """The parent dies before PR_SET_PDEATHSIG is in force: nobody would be told."""
+    began = tmp_path / "began"
+    server = tmp_path / "qemu-nbd"
+    server.write_text(f"#!/bin/sh\necho $$ >{began}.new\nmv {began}.new {began}\n")
+    late = tmp_path / "bin" / "setpriv"
+    late.parent.mkdir()
+    late.write_text(
+        f"#!/bin/sh\necho $$ >{tmp_path / 'pid'}\nkill -9 $PPID\nsleep 0.3\n"
+        f'exec {shutil.which("setpriv")} "$@"\n'
+    )
+    server.chmod(0o755)
+    late.chmod(0o755)
+    code = (
+        "import asyncio, sys\n"
+        "from pveplug.nbd.qemu_nbd import qemu_nbd\n"
+        "from pveplug.node import Node\n"
+        "async def main():\n"
+        "    async with qemu_nbd(Node(qemu_nbd=sys.argv[2]), sys.argv[1], 'raw',\n"
+        "                        socket_dir=sys.argv[3], read_only=False):\n"
+        "        pass\n"
+        "asyncio.run(main())\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, raw, server, tmp_path / "run"],
+        env={**os.environ, "PATH": f"{late.parent}:{os.environ['PATH']}"},
+        timeout=60,
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL
+    async with asyncio.timeout(30):
+        while alive(int((tmp_path / "pid").read_text())):
+            await asyncio.sleep(0.05)
+    assert not began.exists(), "it would serve the image for ever"
+
+
 async def test_qemu_nbd_dies_with_a_killed_parent(tmp_path, raw):
     run = tmp_path / "run"
     code = f"""

@@ -139,6 +139,8 @@ async def test_any_end_in_any_state_abandons_what_is_unfinished(at, how):
     assert services.opened == services.closed == (at is not At.OPENING)
     abandoned = services.replica.calls.count("abandon")
     assert abandoned == (1 if at in UNFINISHED else 0)
+    rejected = "reject" in services.replica.calls
+    assert rejected == (how == "bye" and at is At.APPLIED), "only the sender can tell"
     refused = "Refusal" in peer.kinds()
     assert refused == (how == "nonsense")
     if at in (At.BACK, At.WINDOWS):

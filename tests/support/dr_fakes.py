@@ -125,6 +125,9 @@ class FakeReplica:
         self._did("finish")
         return f.Done("dr-ab12.1", 1, f.Point("p1", "dr-ab12.1", 1, 1))
 
+    async def reject(self) -> None:
+        self._did("reject")
+
     async def abandon(self) -> None:
         self._did("abandon")
 
