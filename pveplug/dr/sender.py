@@ -184,6 +184,17 @@ class Replicate:
     async def _replicate(self, vm: VmSummary, mode: str) -> None:
         uuid = await self._identity(vm)
         async with self._opened(vm, uuid, mode) as (talk, state, first):
+            if mode == "seed" and state.role == "standby":
+                # Else it had been refused: the receiver has just taken the restore
+                # point that an earlier run was cut off from.
+                await self._remember(uuid, state.epoch)
+                self._say.info(
+                    f"VM {vm.vmid} ({vm.name}): its seed had ended; the restore point "
+                    "that was still missing is taken"
+                )
+                values = {"mode": mode, "cycle": state.acked, "vmid": state.vmid}
+                await self._say.report(vm.vmid, uuid, values)
+                return
             report = await Cycle(
                 talk,
                 state,
