@@ -40,13 +40,15 @@ from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.qga import GuestAgent
 from pveplug.qmp import VmGoneError
 from pveplug.scratch import directories, scratch_images, scratch_owner
-from pveplug.storeprobe import StoreProbe
+from pveplug.storeprobe import StoreProbe, settled
 from pveplug.vmconfig import drives, smbios_uuid
 
 log = logging.getLogger(__name__)
 NO_JOURNAL: Final = "(no journal)"
 AGENT_S: Final = 5.0
 STORE_S: Final = 5.0
+SLOW_STORE_S: Final = 20.0
+"""How long it may take what QEMU has begun to write."""
 OWNER_GONE_S: Final = 25.0
 SETTLE_S: Final = 5.0
 """How long PVE may take to begin what it was asked for."""
@@ -136,13 +138,15 @@ async def undo(
             "VM and volumes of scratch"
         )
     nbd_socket = _our_socket(entry)
-    running = local.vm_running(vmid) is not None
-    if running and entry.frozen:
+    process = local.vm_running(vmid)
+    if process and entry.frozen:
         await _thaw_step(node, vmid, found, dry=dry)
     freed = True
-    if running and entry.touched:
-        stores = directories({path for path in entry.files if _named(vmid, path)})
-        freed = await _qemu_step(node, vmid, nbd_socket, stores, found, dry=dry)
+    if process and entry.touched:
+        images = {path for path in entry.files if _named(vmid, path)}
+        freed = await _qemu_step(
+            node, vmid, process.pid, nbd_socket, images, found, dry=dry
+        )
     elif nbd_socket and not dry and not listens(nbd_socket):
         _unlink(nbd_socket)  # QEMU was killed and could not
     for path in entry.files if freed else ():
@@ -151,7 +155,7 @@ async def undo(
             functools.partial(_is_scratch, vmid, path, found),
             functools.partial(_remove, path),
         )
-    for volid in entry.active if not running else ():
+    for volid in entry.active if not process else ():
         await step(
             f"deactivated {volid}",
             functools.partial(local.volume_exists, volid),
@@ -194,8 +198,9 @@ async def _thaw_step(node: Node, vmid: int, found: Undone, *, dry: bool) -> None
 async def _qemu_step(
     node: Node,
     vmid: int,
+    pid: int,
     nbd_socket: str,
-    stores: set[str],
+    images: set[str],
     found: Undone,
     *,
     dry: bool,
@@ -203,9 +208,11 @@ async def _qemu_step(
     """Return whether nothing of ours is in QEMU any more, as far as we go.
 
     Args:
-        stores: where our scratch images are.
+        pid: of the VM.
+        images: our scratch images.
     """
     act = find_ours if dry else clean_up
+    stores = directories(images)
     try:
         if stores and not dry:
             # QEMU closes a scratch image with the whole VM waiting.
@@ -214,6 +221,10 @@ async def _qemu_step(
                     raise TransportError(
                         f"the scratch store {', '.join(sorted(stores))} does not answer"
                     )
+            if not await settled(pid, images, SLOW_STORE_S):
+                raise TransportError(
+                    f"the scratch store {', '.join(sorted(stores))} is too slow"
+                )
         names = await act(node.qmp_socket(vmid), nbd_socket)
     except VmGoneError as error:
         log.info("vm=%s went away: %s", vmid, error)

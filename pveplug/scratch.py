@@ -119,6 +119,8 @@ class LocalScratch:
         self._vmid = vmid
         self.paths: set[str] = set()
         """Image files made."""
+        self.devices: set[str] = set()
+        """Volumes made that aren't files; there are none here."""
         self.counted: set[str] = set()
         """Directories of theirs that can't reserve, so that their space matters."""
 
@@ -219,6 +221,7 @@ class StorageScratch:
         self._made: list[str] = []
         self._count = 0
         self.paths = local.paths
+        self.devices = local.devices
         self.counted = local.counted
 
     async def create(
@@ -241,6 +244,7 @@ class StorageScratch:
         fmt = "qcow2" if self._qcow2 else "raw"
         path = await self._store.path(await self._allocate(size, fmt))
         if fmt == "raw":
+            self.devices.add(path)
             driver = "host_device" if path.startswith("/dev/") else "file"
             return ScratchFile(path, "raw", driver)  # type: ignore[arg-type]
         self.paths.add(path)

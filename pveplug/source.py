@@ -45,7 +45,7 @@ from pveplug.scratch import (
 )
 from pveplug.selection import SelectedDisks, VmSummary, select_disks
 from pveplug.snapshot import Options, PointInTime, SnapshotDisk
-from pveplug.storeprobe import StoreProbe, stuck
+from pveplug.storeprobe import StoreProbe, settled, stuck
 from pveplug.tasks import first_failure, to_the_end
 from pveplug.vmconfig import (
     Drive,
@@ -330,7 +330,7 @@ class _Opener:
             ),
         )
         self._journal.note(touched=True, nbd_socket=nbd_socket)
-        stack.push_async_callback(self._close, point, scratch.paths)
+        stack.push_async_callback(self._close, point, scratch.paths, scratch.devices)
         with _phase(vmid, "prepare"):
             await point.prepare(
                 job, level, {k: d.file for k, d in drives.items() if d not in tpm}
@@ -463,11 +463,14 @@ class _Opener:
                 f"VM {self._vmid}: post_thaw_cmd ended well. {said}".rstrip()
             )
 
-    async def _close(self, point: PointInTime, images: set[str]) -> None:
+    async def _close(
+        self, point: PointInTime, images: set[str], devices: set[str]
+    ) -> None:
         failing = sys.exception() is not None
 
         async def close() -> None:
             await self._store_answers(point, images)
+            await self._store_has_all(images | devices)
             await point.close()
             # In here: a cancellation while it closes comes only after this.
             self._journal.undone(touched=False)
@@ -502,9 +505,28 @@ class _Opener:
                 await point.let_go()
             if await probe.all_answer(STORE_PATIENCE_S):
                 return
-        raise JobError(
-            f"the scratch store {where} does not answer, so its images are still in "
-            "QEMU.",
+        raise self._still_in_qemu(f"the scratch store {where} does not answer")
+
+    async def _store_has_all(self, images: set[str]) -> None:
+        """Wait until the store has taken what QEMU has begun to write.
+
+        Raises:
+            JobError: it still takes; the journal knows of the images.
+        """
+        process = self._local.vm_running(self._vmid)
+        if process is None or await settled(process.pid, images, ANSWER_S):
+            return
+        self._say.info(
+            f"VM {self._vmid}: the scratch store still takes what it was given; the "
+            "guest would wait for that, so its images stay in QEMU until it has all"
+        )
+        if await settled(process.pid, images, STORE_PATIENCE_S):
+            return
+        raise self._still_in_qemu("the scratch store is too slow")
+
+    def _still_in_qemu(self, why: str) -> JobError:
+        return JobError(
+            f"{why}, so its images are still in QEMU.",
             vm=str(self._vmid),
             phase="clean-up",
             remedy="once it answers: podheitor-proxmox-backend --cleanup "

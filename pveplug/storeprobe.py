@@ -11,6 +11,10 @@ and says so; what it is at is known when it falls silent::
 Two things of QEMU wait for the store too, *with the whole VM*: closing a scratch image,
 and ending a fleecing job while it is copying. Both are therefore only done when the
 store answers, or when nothing of QEMU hangs in it (``stuck``).
+
+A slow store answers, and yet may have megabytes to take that a filter has given up
+waiting for. Taking the filter out waits for all of them, so that is only done when no
+single write lasts any more (``settled``).
 """
 
 from __future__ import annotations
@@ -38,6 +42,12 @@ if TYPE_CHECKING:
 
 _SCRIPT: Final = os.path.abspath(__file__)
 EVERY_S: Final = 1.0
+LOOK_S: Final = 0.05
+"""A write that is seen at two looks is one of a slow store."""
+IDLE_LOOKS: Final = 8
+BUSY_LOOKS: Final = 16
+"""Looks in a row at which no write lasted: enough to see that the store is fast. QEMU
+may be idle for a few of them only because the processor is busy."""
 SIZE: Final = 4096
 
 
@@ -176,19 +186,50 @@ def stuck(pid: int, paths: Iterable[str]) -> bool:
     What can't be told counts as yes. Files are told by their names alone, which are
     ours: the directory may be a link, and asking where it leads could hang.
     """
+    return bool(_calls(pid, paths))
+
+
+async def settled(pid: int, paths: Iterable[str], bound_s: float) -> bool:
+    """Wait until no single call on these files lasts; False: some did, to the end.
+
+    As ``stuck``, at many looks: what is quickly done doesn't count, or a guest that
+    writes all the time would be waited for.
+    """
+    import asyncio
+
+    wanted = list(paths)
+    until = time.monotonic() + bound_s
+    before: set[tuple[str, str]] = set()
+    idle = busy = 0
+    while wanted and idle < IDLE_LOOKS and idle + busy < BUSY_LOOKS:
+        now = _calls(pid, wanted)
+        idle = 0 if now else idle + 1
+        busy = 0 if before & now else busy + bool(now)
+        before = now
+        if time.monotonic() > until:
+            return False
+        await asyncio.sleep(LOOK_S)
+    return True
+
+
+def _calls(pid: int, paths: Iterable[str]) -> set[tuple[str, str]]:
+    """Return each thread that is inside a call on one of these files, and the call."""
     wanted = {os.path.basename(path) for path in paths}
+    found: set[tuple[str, str]] = set()
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
     except OSError:
-        return False  # it is gone
+        return found  # it is gone
     for task in tasks:
         try:
             with open(f"/proc/{pid}/task/{task}/syscall", encoding="ascii") as file:
-                words = file.read().split()
-        except FileNotFoundError:
+                text = file.read()
+        except (FileNotFoundError, ProcessLookupError):
             continue
         except OSError:
-            return True
+            found.add((task, "?"))
+            continue
+        words = text.split()
         if len(words) < 2 or not words[0].isdigit():
             continue  # it runs
         try:
@@ -196,8 +237,8 @@ def stuck(pid: int, paths: Iterable[str]) -> bool:
         except OSError:
             continue  # the first argument is no descriptor
         if os.path.basename(path.removesuffix(" (deleted)")) in wanted:
-            return True
-    return False
+            found.add((task, text))
+    return found
 
 
 if __name__ == "__main__":

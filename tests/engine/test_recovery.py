@@ -24,7 +24,7 @@ from pveplug.errors import IntegrityError, JobError, TransportError
 from pveplug.events import ListReporter
 from pveplug.journal import Entry, open_journal, own_vm, read_entry
 from pveplug.node import Node
-from pveplug.pve_local import ProgramError, PveLocal
+from pveplug.pve_local import ProgramError, PveLocal, VmProcess
 from pveplug.qmp import VmGoneError
 from pveplug.recovery import clean_up_job, recover, recover_vm
 from pveplug.vmhold import held, take_lock
@@ -62,8 +62,8 @@ class ScriptedLocal:
             raise self.fails[what]
         self.did.append(what)
 
-    def vm_running(self, vmid: int) -> object | None:
-        return object() if self.running else None
+    def vm_running(self, vmid: int) -> VmProcess | None:
+        return VmProcess(os.getpid(), 0, "") if self.running else None
 
     async def config(self, vmid: int) -> Config:
         if self.late:

@@ -73,10 +73,11 @@ async def test_a_file_daemon_killed_in_the_clean_up_leaves_no_journal(
         pass  # the scratch store
 
     opener: Any = SimpleNamespace(
-        _journal=journal, _vmid=100, _say=None, _store_answers=answers
-    )
+        _journal=journal, _vmid=100, _say=None, _store_answers=answers,
+        _store_has_all=answers,
+    )  # fmt: skip
     point = cast(PointInTime, SimpleNamespace(close=close))
-    task = asyncio.create_task(_Opener._close(opener, point, set()))
+    task = asyncio.create_task(_Opener._close(opener, point, set(), set()))
     await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

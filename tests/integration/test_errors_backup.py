@@ -20,6 +20,8 @@ from pveplug.access import open_api
 from pveplug.config import parse_backup
 from pveplug.node import load_node
 from pveplug.pve import PveRefusalError, Reason
+from pveplug.qmp import Qmp, qmp_session
+from tests.integration.conftest import SlowStore
 from tests.lab.vm import LabVm
 from tests.support.error_jobs import (
     WITHOUT_GUEST,
@@ -354,6 +356,80 @@ async def test_a_scratch_store_that_stalls_ends_a_fleecing_backup(
         "Remedy: see what is wrong with it",
     )
     await vm.qemu_io("scsi0", "read -P 6 16M 8M")
+
+
+@contextlib.asynccontextmanager
+async def guest_of(world: ErrorWorld, vmid: int) -> AsyncIterator[Qmp]:
+    """Start a VM with 24 MiB of data; its guest is who has a monitor of its own."""
+    socket = world.base / f"guest{vmid}"
+    args = f"-chardev socket,id=guest,path={socket},server=on,wait=off"
+    args += " -mon chardev=guest,mode=control"
+    vm = await world.site.create_vm(
+        vmid, {**WITHOUT_GUEST, "args": args}, disks={"scsi0": "64M"}
+    )
+    await vm.start()
+    await vm.qemu_io("scsi0", "write -P 7 0 24M")
+    # The firmware finds no system and resets all devices again and again, which waits
+    # for whatever is under way.
+    await vm.qmp("stop")
+    async with qmp_session(str(socket)) as guest:
+        yield guest
+    await vm.stop()
+
+
+async def took(guest: Qmp, command: str) -> float:
+    """Let the guest write; return the seconds it waited for that."""
+    began = time.monotonic()
+    line = {"command-line": f'qemu-io -d scsi0 "{command}"'}
+    assert not await guest.execute("human-monitor-command", line)
+    return time.monotonic() - began
+
+
+async def test_a_slow_scratch_store_holds_the_guest_no_longer_than_the_timeout(
+    world: ErrorWorld, slow_store: Callable[..., SlowStore]
+) -> None:
+    store = slow_store(128, write_s=0.1)
+    name = await world.define(
+        "vmid=153 mechanism=cbw cbw_timeout=1 bwlimit=1024 lock_wait=0 "
+        f"scratch_dir={store.path}"
+    )
+    async with guest_of(world, 153) as guest:
+        job_id = await world.start(name)
+        await reading(world.site.vm(153))
+        waited = [await took(guest, "write -q -P 6 16M 8M")]
+        ended = asyncio.create_task(world.wait(job_id))
+        # What was begun to be copied takes the store long; the job ends meanwhile.
+        while not ended.done():
+            waited.append(await took(guest, "write -q -P 5 40M 4k"))
+            await asyncio.sleep(0.02)
+        failed(
+            await ended,
+            "VM 153 disk scsi0 (",
+            "the point in time broke: its scratch store was full or too slow",
+            "the guest is unharmed",
+        )
+        await took(guest, "read -q -P 6 16M 8M")
+    assert max(waited) < 2, (sorted(waited)[-4:], world.backend_log[-3000:])
+
+
+async def test_a_slow_scratch_store_holds_a_write_while_it_is_fleeced_and_no_other(
+    world: ErrorWorld, slow_store: Callable[..., SlowStore]
+) -> None:
+    store = slow_store(128, write_s=0.1)
+    name = await world.define(
+        "vmid=154 mechanism=fleece cbw_timeout=3 bwlimit=2048 lock_wait=0 "
+        f"scratch_dir={store.path}"
+    )
+    async with guest_of(world, 154) as guest:
+        job_id = await world.start(name)
+        await reading(world.site.vm(154))
+        first = [await took(guest, f"write -q -P 6 {at}M 64k") for at in range(16, 20)]
+        again = [await took(guest, f"write -q -P 5 {at}M 64k") for at in range(16, 20)]
+        informed(await world.wait(job_id), "VM 154 (vm154) is in this job")
+        await took(guest, "read -q -P 5 16M 64k")
+    # What the store needs for a cluster and its tables, more for the first; no limit.
+    assert all(0.1 < waited < 20 for waited in first), first
+    assert max(again) < min(first), (first, again)
 
 
 async def test_scratch_that_cannot_be_made_says_where_and_why(

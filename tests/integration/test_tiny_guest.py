@@ -116,6 +116,9 @@ def test_guest_boots_by_bios_and_does_as_told(short_tmp: Path) -> None:
         guest.run("tg-write", "/dev/vda", "7", "2", "spring")
         counted = guest.run("tg-writer", "/dev/vda", "1", "summer", "100").split()
         assert 1 <= int(counted[2]) <= 110
+        took = guest.run("tg-latency", "/dev/vda", "1", "winter", "100").split()
+        assert 1 <= len(took) <= 101
+        assert all(int(one) > 0 for one in took)
         guest.run("tg-write", "/dev/vda", "7", "2", "autumn")
         seen = guest.run("tg-sum", "/dev/vda").strip()
         content = guest.data.read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pveplug.errors import TransportError
-from pveplug.storeprobe import StoreProbe, stuck
+from pveplug.storeprobe import StoreProbe, settled, stuck
 
 
 async def test_a_store_that_answers_is_heard_and_nothing_is_left_in_it(
@@ -49,7 +49,9 @@ async def test_without_a_directory_there_is_nothing_to_wait_for() -> None:
         assert await probe.all_answer(1)
 
 
-def test_a_process_that_reads_a_file_of_ours_is_stuck_in_it(tmp_path: Path) -> None:
+async def test_a_process_that_reads_a_file_of_ours_is_stuck_in_it(
+    tmp_path: Path,
+) -> None:
     fifo = tmp_path / "ph-100-scsi0.qcow2"
     os.mkfifo(fifo)
     child = os.fork()
@@ -64,7 +66,10 @@ def test_a_process_that_reads_a_file_of_ours_is_stuck_in_it(tmp_path: Path) -> N
             os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG)
         assert stuck(child, [f"/by/a/link/{fifo.name}"])
         assert not stuck(child, [str(tmp_path / "another")])
+        assert not await settled(child, [str(fifo)], 0.2)
+        assert await settled(child, [str(tmp_path / "another")], 30)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert not stuck(child, [str(fifo)])
+    assert await settled(child, [str(fifo)], 30)

@@ -12,6 +12,7 @@
 # Kernel line and console markers: see init. Programs for guest-exec, all in /bin:
 #
 #   tg-write DEV OFF4K COUNT SEED          tg-writer DEV SECONDS SEED [PER_SECOND]
+#   tg-latency DEV SECONDS SEED PER_SECOND
 #   tg-sum DEV [BYTES]                     tg-mark TEXT             tg-shutdown
 #
 # DEV may be a file below /mnt, the mounted ext4. APT_OPTIONS is passed to apt-get.
@@ -112,6 +113,7 @@ done < <(awk '{ for (i = 1; i <= NF; i++) if ($i ~ /^\//) { print $i; next } }' 
 gcc -std=c11 -O2 -static -Wall -Wextra -Werror -o "$root/bin/tg-write" "$here/tg.c"
 strip "$root/bin/tg-write"
 ln "$root/bin/tg-write" "$root/bin/tg-writer"
+ln "$root/bin/tg-write" "$root/bin/tg-latency"
 cp "$here"/tg-sum "$here"/tg-mark "$here"/tg-shutdown "$root/bin/"
 ln -s ../bin/tg-shutdown "$root/sbin/shutdown" # what qemu-ga runs for guest-shutdown
 cp "$here/init" "$root/init"

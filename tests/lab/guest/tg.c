@@ -5,6 +5,9 @@
  *
  *   tg-write  DEV OFF4K COUNT SEED             write COUNT blocks of 4 KiB from block OFF4K
  *   tg-writer DEV SECONDS SEED [PER_SECOND]    write random 4 KiB blocks for a time
+ *   tg-latency DEV SECONDS SEED PER_SECOND     the same, each followed by fdatasync; prints
+ *                                              the microseconds that each pair took, also
+ *                                              when SIGTERM ends it before its time
  *
  * Both bypass the page cache (O_DIRECT) where the file allows it and end with fsync. A
  * block's content is a function of the seed and its number alone, 64 lines of
@@ -16,6 +19,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -114,6 +118,23 @@ static int tg_write(int argc, char **argv, char *block)
     return 0;
 }
 
+/* xorshift64*: the places depend on the seed alone. */
+static uint64_t seeded(const char *seed)
+{
+    uint64_t state = 0x9e3779b97f4a7c15u;
+    for (const char *c = seed; *c; c++)
+        state = (state ^ (uint64_t)(unsigned char)*c) * 0x100000001b3u;
+    return state ? state : 1;
+}
+
+static uint64_t next(uint64_t *state)
+{
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return *state * 0x2545f4914f6cdd1du;
+}
+
 static int tg_writer(int argc, char **argv, char *block)
 {
     if (argc != 4 && argc != 5) {
@@ -128,18 +149,10 @@ static int tg_writer(int argc, char **argv, char *block)
         errno = ENODATA;
         fail(argv[1]);
     }
-    /* xorshift64*: the places depend on the seed alone. */
-    uint64_t state = 0x9e3779b97f4a7c15u;
-    for (const char *c = argv[3]; *c; c++)
-        state = (state ^ (uint64_t)(unsigned char)*c) * 0x100000001b3u;
-    if (!state)
-        state = 1;
+    uint64_t state = seeded(argv[3]);
     double start = now(), at = start;
     while (at - start < seconds) {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        put(fd, block, argv[3], (state * 0x2545f4914f6cdd1du) % blocks);
+        put(fd, block, argv[3], next(&state) % blocks);
         count++;
         at = now();
         if (pace) {
@@ -155,6 +168,51 @@ static int tg_writer(int argc, char **argv, char *block)
     return 0;
 }
 
+static volatile sig_atomic_t stopped;
+
+static void stop(int number)
+{
+    (void)number;
+    stopped = 1;
+}
+
+static int tg_latency(int argc, char **argv, char *block)
+{
+    if (argc != 5) {
+        fprintf(stderr, "usage: tg-latency DEV SECONDS SEED PER_SECOND\n");
+        return 2;
+    }
+    double seconds = (double)number(argv[2], "SECONDS");
+    unsigned long long pace = number(argv[4], "PER_SECOND");
+    uint64_t state = seeded(argv[3]);
+    int fd = open_target(argv[1]);
+    unsigned long long blocks = size_of(fd, argv[1]) / BLOCK, count = 0;
+    size_t room = (size_t)(seconds * (double)pace) + 1;
+    uint32_t *took = calloc(room, sizeof *took);
+    if (!blocks || !pace || !took) {
+        errno = EINVAL;
+        fail(argv[1]);
+    }
+    signal(SIGTERM, stop);
+    double start = now();
+    while (!stopped && count < room && now() - start < seconds) {
+        uint64_t at = next(&state) % blocks;
+        double began = now();
+        put(fd, block, argv[3], at);
+        if (fdatasync(fd))
+            fail("fdatasync");
+        took[count++] = (uint32_t)((now() - began) * 1e6);
+        /* What came late isn't made up for: a slow disk is not asked faster. */
+        double next_at = began + 1.0 / (double)pace;
+        double ahead = next_at - now();
+        if (ahead > 0)
+            usleep((useconds_t)(ahead * 1e6));
+    }
+    for (unsigned long long i = 0; i < count; i++)
+        printf("%u\n", took[i]);
+    return close(fd) ? 1 : 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *slash = strrchr(argv[0], '/');
@@ -166,6 +224,8 @@ int main(int argc, char **argv)
         return tg_write(argc, argv, block);
     if (!strcmp(name, "tg-writer"))
         return tg_writer(argc, argv, block);
+    if (!strcmp(name, "tg-latency"))
+        return tg_latency(argc, argv, block);
     fprintf(stderr, "unknown program %s\n", name);
     return 2;
 }
