@@ -28,8 +28,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 from pveplug.dr import boot, testvm
+from pveplug.dr.admission import point_name
 from pveplug.dr.provision import TAG, Site, translated
-from pveplug.dr.replica import point_name
 from pveplug.dr.sendback import same
 from pveplug.dr.store import Record, ReplicaError, Volume
 from pveplug.errors import CommandError, PveplugError

@@ -17,10 +17,11 @@ from dataclasses import replace
 from typing import Any, Final
 
 from pveplug.dr import boot, testvm
+from pveplug.dr.admission import CYCLE_MODES
 from pveplug.dr.failover import ACTIONS, BOOT_S, Operation, seconds_of
 from pveplug.dr.overview import overview, overviews
 from pveplug.dr.provision import Site
-from pveplug.dr.replica import CYCLE_MODES, open_replica
+from pveplug.dr.replica import open_replica
 from pveplug.dr.sendback import SendingBack, sending_back
 from pveplug.dr.store import ReplicaError, ReplicaStore
 from pveplug.errors import PveplugError

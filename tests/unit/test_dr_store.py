@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pveplug.dr.replica import admit, doomed, point_name
+from pveplug.dr.admission import admit, doomed, point_name
 from pveplug.dr.store import (
     Origin,
     Record,
