@@ -82,10 +82,15 @@ async def test_a_seed_and_increments_are_what_the_source_was() -> None:
 
 
 async def dr(sites: TwoSites, mode: str, *words: str) -> tuple[int, str]:
+    """Run ``pveplug dr`` against the two sites."""
+    given = (*sites.connection.split(), *sites.dr_words().split(), *words)
+    return await pveplug(sites, mode, *given)
+
+
+async def pveplug(sites: TwoSites, mode: str, *words: str) -> tuple[int, str]:
     """Run ``pveplug dr``; return its exit status and all that it said."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pveplug", "dr", mode),
-        *(*sites.connection.split(), *sites.dr_words().split(), *words),
+        *(sys.executable, "-m", "pveplug", "dr", mode, *words),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -110,6 +115,31 @@ async def same(sites: TwoSites, said: str, *keys: str) -> None:
         wanted = await asyncio.to_thread(truth.sha256_of_image, path, path.suffix[1:])
         found = await asyncio.to_thread(dr_truth.content, replica.disk_path(key), point)
         assert found.sha256 == wanted, (key, said)
+
+
+@pytest.mark.parametrize("auth", ["mtls", "both"])
+async def test_certificates_are_as_good_as_a_token(auth: str) -> None:
+    async with TwoSites(auth=auth) as sites:
+        vm = await source_vm(sites)
+        await sites.start_receiver()
+        await vm.qemu_io("scsi0", "write -P 1 0 1M")
+        await vm.qemu_io("scsi0", "flush")
+        status, said = await dr(sites, "seed", "vmid=100")
+        assert status == 0, said
+        await same(sites, said, "scsi0")
+        methods = {"mtls": "mtls", "both": "psk+mtls"}[auth]
+        assert f"methods={methods}" in sites.receiver_log
+
+        # The same without what was given: refused before anything was said.
+        words = [word for word in sites.dr_words().split() if "dr_auth" not in word]
+        stranger = sites.base / "stranger"
+        stranger.write_text("0" * 64)
+        stranger.chmod(0o600)
+        status, said = await pveplug(
+            sites, "status", *words, f"dr_auth_token_file={stranger}"
+        )
+        assert status == 69, said
+        assert "dr refused peer=127.0.0.1" in sites.receiver_log
 
 
 async def test_what_changes_at_the_source_is_carried_over() -> None:
