@@ -261,6 +261,7 @@ async def test_what_receiver_init_makes(tmp_path, caplog):
         await refused(caplog, there, "purpose")
 
 
+@pytest.mark.optional("without IPv6 there is nothing to be told apart")
 @both_loops
 async def test_ipv4_through_an_ipv6_socket_is_the_same_address(certs):
     if not socket.has_ipv6:

@@ -317,6 +317,7 @@ async def test_its_command_line(daemon, argv, status):
     assert "podheitor-proxmox-receiver" in text
 
 
+@pytest.mark.optional("a container without systemd has no unit to run either")
 def test_systemd_finds_no_fault_with_the_unit(tmp_path):
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
