@@ -168,7 +168,7 @@ class CuttingProxy:
             ]
             over = asyncio.create_task(connection.over.wait())
             try:
-                both = asyncio.gather(*pumps)
+                both = asyncio.gather(*pumps, return_exceptions=True)
                 await asyncio.wait({both, over}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for pump in (*pumps, over):

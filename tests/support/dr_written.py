@@ -78,12 +78,6 @@ class Written:
             else:
                 await self.data(key, offset, length)
 
-    async def behind(self, count: int) -> None:
-        """Wait until a point in time is being read, then write ``count`` times."""
-        while not await self.vm.qmp("query-block-exports"):
-            await asyncio.sleep(0.02)
-        await self.some(count)
-
     def content(self, key: str) -> bytes:
         return bytes(self._disks[key])
 
