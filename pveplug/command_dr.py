@@ -11,8 +11,11 @@ import json
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from pveplug.columns import age, aligned
 from pveplug.config import BackupConfig, parse_backup
 from pveplug.errors import ConfigError
 from pveplug.node import Node, load_node
@@ -21,6 +24,10 @@ from pveplug.pluginstring import PLUGIN_NAME
 
 EX_OK: Final = 0
 EX_LATE: Final = 1
+_HEAD: Final = (
+    *("SOURCE", "SITE", "REPLICA", "ROLE", "EPOCH", "POINTS", "NEWEST", "LAG"),
+    "HEALTH",
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -69,7 +76,7 @@ async def _run(node: Node, config: BackupConfig, *, as_json: bool) -> int:
 
     if config.replication is None:
         raise ConfigError("give a mode of disaster recovery", key="mode")
-    say = TerminalReports(as_json=as_json)
+    say = TerminalReports(as_json=as_json, quiet=config.mode == "status")
     now = datetime.datetime.now(datetime.UTC)
     async with contextlib.AsyncExitStack() as stack:
         api = None
@@ -90,5 +97,32 @@ async def _run(node: Node, config: BackupConfig, *, as_json: bool) -> int:
         await work
     if as_json:
         sys.stdout.write(json.dumps(say.values, indent=1) + "\n")
+    elif config.mode == "status":
+        sys.stdout.write(status_table(say.values) or "the receiver has no replica\n")
     late = config.mode == "status" and any(values.get("late") for values in say.values)
     return EX_LATE if late else EX_OK
+
+
+def status_table(replicas: Sequence[Mapping[str, Any]]) -> str:
+    """Return what ``dr status`` found as a table; an empty text for none."""
+    if not replicas:
+        return ""
+    rows = [_HEAD]
+    for found in replicas:
+        points = found.get("points", [])
+        newest = max((point["instant"] for point in points), default=None)
+        lag = None if newest is None else max(int(time.time()) - newest, 0)
+        rows.append(
+            (
+                f"{found['source_vmid']} {found['source_name']}".strip(),
+                str(found.get("site") or "-"),
+                str(found.get("vmid") or "-"),
+                str(found["role"]),
+                str(found["epoch"]),
+                str(len(points)),
+                str(points[-1]["name"]) if points else "-",
+                age(lag),
+                "late" if found.get("late") else str(found.get("health") or "-"),
+            )
+        )
+    return "\n".join(aligned(rows)) + "\n"

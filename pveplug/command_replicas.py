@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from pveplug.columns import aligned
 from pveplug.dr.overview import HEALTHY, Overview, overviews
 from pveplug.dr.receiver_config import STATE_ROOT
 from pveplug.dr.store import ReplicaStore
@@ -95,14 +96,7 @@ def table(found: Sequence[Overview]) -> str:
     """Return replicas as lines for people; an empty text for none."""
     if not found:
         return ""
-    rows = [_HEAD, *(_row(one) for one in found)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(_HEAD))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    lines = aligned([_HEAD, *(_row(one) for one in found)])
     lines += [
         f"{_name(one)}: {one.why}" for one in found if one.why and one.health != "ok"
     ]

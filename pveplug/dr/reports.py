@@ -44,16 +44,18 @@ class TerminalReports:
     """Lines on standard output, warnings and errors on standard error.
 
     With ``as_json`` the lines go to standard error, and ``values`` are kept for the
-    caller to print as one document.
+    caller to print as one document; ``quiet`` leaves the lines out.
     """
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self._lines = sys.stderr if as_json else sys.stdout
+        self._quiet = quiet
         self.values: list[Mapping[str, Any]] = []
 
     def info(self, text: str) -> None:
-        self._lines.write(f"{text}\n")
-        self._lines.flush()
+        if not self._quiet:
+            self._lines.write(f"{text}\n")
+            self._lines.flush()
 
     def warning(self, text: str) -> None:
         sys.stderr.write(f"warning: {text}\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pveplug.cli import main
+from pveplug.command_dr import status_table
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,28 @@ def test_a_mode_that_is_none_is_wrong_usage(capsys: pytest.CaptureFixture[str]) 
         main(["dr", "backup", "vmid=100"])
     assert caught.value.code == 2
     assert "failover-exec" in capsys.readouterr().err
+
+
+def test_status_is_a_table_for_people() -> None:
+    found = {
+        "source_vmid": 100,
+        "source_name": "web",
+        "site": "pve1",
+        "vmid": 9100,
+        "role": "standby",
+        "epoch": 2,
+        "points": [{"name": "ph-rp0001", "instant": 5}],
+        "health": "ok",
+        "late": False,
+    }
+    head, *rows = status_table([found, {**found, "points": [], "late": True}]).split(
+        "\n"
+    )
+    assert head.split() == [
+        *("SOURCE", "SITE", "REPLICA", "ROLE", "EPOCH", "POINTS", "NEWEST", "LAG"),
+        "HEALTH",
+    ]
+    assert rows[0].split()[:8] == "100 web pve1 9100 standby 2 1 ph-rp0001".split()
+    assert rows[0].endswith(" d  ok")
+    assert rows[1].split()[-4:] == ["0", "-", "-", "late"]
+    assert status_table([]) == ""
