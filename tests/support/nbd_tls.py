@@ -19,7 +19,7 @@ class Pki:
         self.folder = folder
         ca = pair(folder, "ca", ca=True)
         for stem in ("server", "client"):
-            made = pair(folder, stem, ca, names=NAMES)
+            made = pair(folder, stem, ca, names=NAMES, encipher=True)
             shutil.copy(made.cert, folder / f"{stem}-cert.pem")
             shutil.copy(made.key, folder / f"{stem}-key.pem")
         shutil.copy(ca.cert, folder / "ca-cert.pem")
