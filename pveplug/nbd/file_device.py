@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 from collections.abc import Awaitable, Iterator
@@ -81,13 +82,10 @@ class FileDevice:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._threads, self._cold, offset, length)
 
-    def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        found = []
-        for start, end, hole in self._runs(offset, offset + length):
-            found.append((end - start, STATE_HOLE | STATE_ZERO if hole else 0))
-            if len(found) == MAX_RUNS:
-                break
-        return found
+    def block_status(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        runs = itertools.islice(self._runs(offset, offset + length), MAX_RUNS)
+        for start, end, hole in runs:
+            yield end - start, STATE_HOLE | STATE_ZERO if hole else 0
 
     # -- inside ---------------------------------------------------------------
 

@@ -24,7 +24,15 @@ import select
 import socket
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
@@ -56,8 +64,8 @@ GONE: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 log = logging.getLogger(__name__)
 
-Runs = Sequence[tuple[int, int]]
-"""(length, STATE_HOLE | STATE_ZERO) one after the other; a row, not an iterator."""
+Runs = Iterable[tuple[int, int]]
+"""(length, STATE_HOLE | STATE_ZERO) one after the other."""
 
 
 class Device(Protocol):
@@ -100,7 +108,8 @@ class Device(Protocol):
     def block_status(self, offset: int, length: int) -> Runs | Awaitable[Runs]:
         """Return (length, flags) from ``offset`` on, at least one.
 
-        They may end before ``length``: the client then asks again.
+        They may end before ``length``: the client then asks again. A generator is the
+        best: QEMU always wants but the first.
         """
 
 
@@ -357,10 +366,10 @@ class ServerConnection(asyncio.BufferedProtocol):
                     self._spawn(self._read(request, data), self._reads)
             else:
                 runs = device.block_status(offset, length)
-                if isinstance(runs, Sequence):
-                    self._write(self.machine.send_status(request, runs))
-                else:
+                if isinstance(runs, Awaitable):
                     self._spawn(self._status(request, runs), self._reads)
+                else:
+                    self._write(self.machine.send_status(request, runs))
         except Exception as error:
             self._write(self.machine.send_error(request, *_told(request, error)))
 
@@ -388,8 +397,9 @@ class ServerConnection(asyncio.BufferedProtocol):
         return self.machine.send_error(request, *_told(request, error))
 
     def _write(self, buffers: list[Buffer]) -> None:
-        if self._transport is not None and buffers:
-            self._transport.writelines(buffers)
+        transport = self._transport
+        if transport is not None and buffers and not transport.is_closing():
+            transport.writelines(buffers)
 
     # -- inside: endings ------------------------------------------------------
 

@@ -15,6 +15,8 @@ import threading
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pveplug.errors import (
     ConfigError,
@@ -31,6 +33,7 @@ from pveplug.nbd.source import OrderedReader, extents
 from pveplug.proto import nbd_wire as wire
 from pveplug.proto.nbd_wire import Command, Option
 from tests.support.nbd_devices import UNIT, KiB, MemoryDevice, MiB, pattern, until
+from tests.support.nbd_garbage import wires
 from tests.support.nbd_tls import Pki
 
 SIZE = 8 * MiB
@@ -333,6 +336,29 @@ def test_a_stranger_is_dropped_and_the_others_are_served(run, address, caplog):
 
     run(body())
     assert "nbd-client-dropped reason=an NBD request has magic" in caplog.text
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(streams=st.lists(wires, min_size=5, max_size=20))
+def test_hostile_streams_leave_nothing_behind(run, address, streams):
+    async def body():
+        async with serving(MemoryDevice(pattern(SIZE)), address) as server:
+            for raw in streams:
+                reader, writer = await asyncio.open_unix_connection(address.path)
+                writer.write(raw)
+                writer.write_eof()
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                await closed(writer)
+            async with await client_of(address) as client:
+                await client.read(0, 512)
+            await until(lambda: server.clients == 0)
+
+    logging.disable()
+    try:
+        run(body())
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_who_asks_for_nothing_in_time_is_dropped(run, address, caplog):

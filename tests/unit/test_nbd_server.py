@@ -739,6 +739,20 @@ def test_extents_are_joined_and_cut_to_what_was_asked(mode):
     assert status(peer, 1000, runs, CommandFlag.REQ_ONE) == [(300, 0)]
 
 
+def test_whoever_wants_one_extent_costs_no_walk_over_all():
+    """QEMU asks so, up to 4 GiB at a time; a device may give a generator."""
+    asked = []
+
+    def runs():
+        for number in range(1000):
+            asked.append(number)
+            yield 512, number % 2
+
+    peer = Peer().go()
+    assert status(peer, SIZE - 512, runs(), CommandFlag.REQ_ONE) == [(512, 0)]
+    assert len(asked) == 2
+
+
 def test_an_extended_client_is_told_of_more_than_four_gigabytes():
     peer = Peer({"disk": Offer(1 << 50)}).go("extended")
     assert status(peer, 1 << 49, [(1 << 49, 3)]) == [(1 << 49, 3)]
