@@ -60,6 +60,8 @@ SOCKET_BYTES: Final = 1 * MiB
 each 256 KiB reply took three turns of the event loop, and half as much CPU again."""
 INBOX: Final = 64 * KiB
 LOOK_S: Final = 1.0
+_AT_ONCE: Final = (memoryview, list, bytes, bytearray, tuple, Sequence)
+"""What a read is that need not be awaited, the likely ones first."""
 GONE: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 log = logging.getLogger(__name__)
@@ -355,23 +357,26 @@ class ServerConnection(asyncio.BufferedProtocol):
         if request.error or device is None:
             self._write(self.machine.send_error(request))
             return
-        offset, length = request.offset, request.length
         try:
-            if request.command == Command.READ:
-                data = device.read(offset, length)
-                if isinstance(data, bytes | bytearray | memoryview | Sequence):
-                    self._write(self.machine.send_read(request, data))
-                else:
-                    self._reading += length
-                    self._spawn(self._read(request, data), self._reads)
-            else:
-                runs = device.block_status(offset, length)
-                if isinstance(runs, Awaitable):
-                    self._spawn(self._status(request, runs), self._reads)
-                else:
-                    self._write(self.machine.send_status(request, runs))
+            reply = self._answer(device, request)
         except Exception as error:
-            self._write(self.machine.send_error(request, *_told(request, error)))
+            reply = self.machine.send_error(request, *_told(request, error))
+        self._write(reply)
+
+    def _answer(self, device: Device, request: Request) -> list[Buffer]:
+        """Return the reply if the device has it at hand; else nothing, and a task."""
+        if request.command == Command.READ:
+            data = device.read(request.offset, request.length)
+            if isinstance(data, _AT_ONCE):
+                return self.machine.send_read(request, data)
+            self._reading += request.length
+            self._spawn(self._read(request, data), self._reads)
+            return []
+        runs = device.block_status(request.offset, request.length)
+        if not isinstance(runs, Awaitable):
+            return self.machine.send_status(request, runs)
+        self._spawn(self._status(request, runs), self._reads)
+        return []
 
     async def _read(self, request: Request, found: Awaitable[Data]) -> None:
         try:

@@ -144,19 +144,25 @@ class Hole:
 Data = Buffer | Sequence[Buffer | Hole]
 """What a read found: one buffer of bytes, or a row of buffers and holes."""
 
-_CHANGES: Final = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 _DATA_HEAD: Final = struct.Struct(">IHHQIQ")  # STRUCTURED_REPLY, offset
 _EXTENDED_DATA_HEAD: Final = struct.Struct(">IHHQQQQ")  # EXTENDED_REPLY, offset
-# Plain numbers: an enum.IntFlag takes 1 us to be combined, at each request, and its
-# complement leaves out the bits it has no name for.
+# Plain numbers, because at each request an enum.IntFlag would take 1 us to be combined
+# (and its complement leaves out the bits it has no name for).
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_DISC: Final = int(Command.DISC)
+_CHANGES: Final = frozenset(
+    map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+)
 _DF: Final = int(CommandFlag.DF)
 _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 _CLIENT_FLAGS: Final = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 _ALLOWED: Final[Mapping[int, int]] = {
-    Command.READ: _DF,
-    Command.BLOCK_STATUS: _REQ_ONE,
+    _READ: _DF,
+    int(Command.BLOCK_STATUS): _REQ_ONE,
 }
+_BUFFERS: Final = (bytes, bytearray, memoryview)
 _ERRORS: Final = frozenset(int(error) for error in Error)
 
 
@@ -252,14 +258,14 @@ class NbdServerMachine:
         Raises:
             LocalProtocolError: it is shorter or longer, or the request isn't open.
         """
-        if isinstance(data, bytes | bytearray | memoryview):
+        if isinstance(data, _BUFFERS):
             total = len(data)
         else:
             total = sum(p.length if isinstance(p, Hole) else len(p) for p in data)
-        if total != request.length or request.command != Command.READ:
+        if total != request.length or request.command != _READ:
             raise LocalProtocolError(f"{total} bytes are no answer to {request}")
         self._answered(request)
-        if isinstance(data, bytes | bytearray | memoryview):
+        if isinstance(data, _BUFFERS):
             return [self._data_head(request, request.offset, total, last=True), data]
         runs = _runs(data)
         if not self.agreed.structured or (len(runs) > 1 and request.flags & _DF):
@@ -364,12 +370,12 @@ class NbdServerMachine:
             self._ask(self._after)
             self._after = None
         match self.state:
+            case State.TRANSMISSION:
+                return self._requests()
             case State.CLIENT_FLAGS:
                 return self._client_flags()
             case State.OPTIONS:
                 return self._option()
-            case State.TRANSMISSION:
-                return self._requests()
             case State.TLS if self._buffer:
                 raise RemoteProtocolError(
                     "an NBD client went on in plain text after STARTTLS"
@@ -448,15 +454,13 @@ class NbdServerMachine:
             if magic != self._magic:
                 raise RemoteProtocolError(f"an NBD request has magic {magic:#x}")
             at += size
-            if command == Command.DISC:
+            if command == _DISC:
                 self._move(Input.GOODBYE)
                 self._events.append(Goodbye())
                 break
             request = Request(command, flags, cookie, offset, length)
             self._check(request)
-            if command == Command.WRITE or (
-                flags & _PAYLOAD_LEN and self.agreed.extended
-            ):
+            if command == _WRITE or (flags & _PAYLOAD_LEN and self.agreed.extended):
                 if length > MAX_DROPPED:
                     raise RemoteProtocolError(f"an NBD client sends {request}")
                 self._dropping = length
@@ -491,7 +495,7 @@ class NbdServerMachine:
             reason = f"outside of the export's {offer.size} bytes"
         elif request.offset % unit or (end % unit and end != offer.size):
             reason = f"not aligned to {unit} bytes"
-        elif command == Command.READ and request.length > offer.maximum_block:
+        elif command == _READ and request.length > offer.maximum_block:
             if request.flags & _DF:
                 error = Error.EOVERFLOW
             reason = f"more than {offer.maximum_block} bytes at once"
