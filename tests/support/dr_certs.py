@@ -32,11 +32,11 @@ class Pair:
         return hashlib.sha256(self.certificate.public_bytes(DER)).hexdigest()
 
 
-def usage(ca):
+def usage(ca, encipher=False):
     return x509.KeyUsage(
         digital_signature=not ca,
         content_commitment=False,
-        key_encipherment=False,
+        key_encipherment=encipher,
         data_encipherment=False,
         key_agreement=False,
         key_cert_sign=ca,
@@ -54,8 +54,12 @@ def pair(
     names: tuple[str, ...] = (),
     ca: bool = False,
     days: tuple[int, int] = (-1, 1),
+    encipher: bool = False,
 ) -> Pair:
-    """Make ``stem.pem`` and ``stem.key``; ``names`` are DNS names and addresses."""
+    """Make ``stem.pem`` and ``stem.key``; ``names`` are DNS names and addresses.
+
+    ``encipher``: QEMU (7.2 to 10.0) wants that usage though TLS 1.3 has no use for it.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, stem)])
     now = datetime.datetime.now(datetime.UTC)
@@ -76,7 +80,7 @@ def pair(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
             critical=False,
         )
-        .add_extension(usage(ca), critical=True)
+        .add_extension(usage(ca, encipher), critical=True)
     )
     if not ca:
         purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
