@@ -20,7 +20,7 @@ from tests.support.two_sites import TwoSites
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(600),
     requires("qemu-system-x86_64", "qemu-img", "qemu-nbd", "qemu-io"),
 ]
 MIB = 1 << 20
