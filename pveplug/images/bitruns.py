@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from array import array
 from collections.abc import Iterator
+from typing import Final
+
+_ZEROES: Final = re.compile(rb"\0+")
+_ONES: Final = re.compile(rb"\xff+")
 
 
 def bit_runs(
@@ -22,7 +27,9 @@ def bit_runs(
     while at < end:
         byte = bitmap[at >> 3]
         if at & 7 == 0 and end - at >= 8 and byte in (0, 0xFF):
-            bit, step = byte == 0xFF, 8
+            bit = byte == 0xFF
+            found = (_ONES if bit else _ZEROES).match(bitmap, at >> 3, end >> 3)
+            step = 8 * len(found[0]) if found else 8
         else:
             shift = 7 - (at & 7) if high_first else at & 7
             bit, step = bool(byte >> shift & 1), 1

@@ -20,19 +20,27 @@ import abc
 import heapq
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from pveplug.images.stream import PIECE, Flow, Spill, SpillNeededError, StreamReader
+from pveplug.images.stream import (
+    OUTPUT,
+    PIECE,
+    Flow,
+    Spill,
+    SpillNeededError,
+    StreamReader,
+)
 
 MAX_FRAGMENTS: Final = 4 * 1024 * 1024
 """Places waiting at one time: 24 bytes each, 96 MiB."""
+MAX_KEPT: Final = 256 * 1024  # runs that have passed and aren't placed yet
 MAX_FILE: Final = 1 << 62
 SORTED: Final = 64 * 1024  # places that are sorted at a time
 
 
 class Place(NamedTuple):
-    """A run of the file; what it means is in the tag, ``target`` is for that."""
+    """A run of the file; what ``target`` is depends on the tag."""
 
     offset: int
     length: int
@@ -53,6 +61,11 @@ class Schedule:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def next_offset(self) -> int:
+        """Where the next place begins; MAX_FILE if there is none."""
+        return self._heads[0][0] if self._heads else MAX_FILE
 
     def add(self, tag: int, places: list[tuple[int, int, int]]) -> None:
         """Add ``(offset, length, target)`` of one tag; the list is sorted in place."""
@@ -84,21 +97,6 @@ class Schedule:
             heapq.heapreplace(self._heads, (offsets[at], serial))
             self._series[serial] = (tag, at, offsets, lengths, targets)
         return place
-
-
-class Runs:
-    """Collects places of one table; neighbours on both sides become one."""
-
-    def __init__(self) -> None:
-        self.places: list[tuple[int, int, int]] = []
-
-    def add(self, offset: int, length: int, target: int) -> None:
-        if self.places:
-            last, size, where = self.places[-1]
-            if last + size == offset and where + size == target:
-                self.places[-1] = (last, size + length, where)
-                return
-        self.places.append((offset, length, target))
 
 
 class _Kept:
@@ -171,26 +169,59 @@ class PlacedReader(StreamReader, abc.ABC):
     def _visit(self, place: Place) -> Flow[None]:
         """Use one place, which may lie behind: by the methods below."""
 
-    def _plan(
-        self, tag: int, places: Iterable[tuple[int, int, int]], table: int
-    ) -> None:
-        """Add places that the table at byte ``table`` names."""
-        batch: list[tuple[int, int, int]] = []
-        for offset, length, target in places:
-            if offset + length > MAX_FILE or (
-                self._file_size is not None and offset >= self._file_size
-            ):
-                raise self._error(table, f"points to byte {offset}, beyond the file")
+    def _plan(self, place: Place, table: int) -> None:
+        """Add one place that is named at byte ``table``."""
+        self._judge_place(place, table)
+        self._schedule.add(place.tag, [place[:3]])
+
+    def _plan_all(
+        self, places: Iterator[Place | None], table: int, join: int | None = None
+    ) -> Flow[None]:
+        """Add the places that the table at byte ``table`` names.
+
+        Args:
+            places: as the table is gone through, None now and then: what that tells
+                by the way must not pile up.
+            table: for errors.
+            join: the tag of which places that are neighbours, in the file and by
+                target, become one.
+        """
+        batches: dict[int, list[tuple[int, int, int]]] = {}
+        for place in places:
+            if place is None:
+                yield from self._breathe()
+                continue
+            self._judge_place(place, table)
+            offset, length, target, tag = place
+            batch = batches.setdefault(tag, [])
+            if tag == join and batch:
+                last, size, where = batch[-1]
+                if last + size == offset and where + size == target:
+                    batch[-1] = (last, size + length, where)
+                    continue
             batch.append((offset, length, target))
             if len(batch) == SORTED:
-                self._add(tag, batch, table)
-                batch = []
-        self._add(tag, batch, table)
+                self._add(tag, batches.pop(tag), table)
+                yield from self._breathe()
+        for tag, batch in batches.items():
+            self._add(tag, batch, table)
+
+    def _judge_place(self, place: Place, table: int) -> None:
+        end = place.offset + place.length
+        if end > MAX_FILE or (
+            self._file_size is not None and place.offset >= self._file_size
+        ):
+            raise self._error(table, f"points to byte {place.offset}, beyond the file")
 
     def _add(self, tag: int, batch: list[tuple[int, int, int]], table: int) -> None:
         if len(self._schedule) + len(batch) > MAX_FRAGMENTS:
             raise self._error(table, f"more than {MAX_FRAGMENTS} fragments at a time")
         self._schedule.add(tag, batch)
+
+    @property
+    def _full(self) -> bool:
+        """Whether a table that is gone through should pause."""
+        return self._made >= OUTPUT
 
     def _walk(self) -> Flow[None]:
         """Visit everything that is planned, and what that plans in its turn."""
@@ -222,8 +253,8 @@ class PlacedReader(StreamReader, abc.ABC):
                 )
             place = self._spill.append(view)
             self._spilled += len(view)
-        if len(self._kept) >= MAX_FRAGMENTS:
-            raise self._error(at, f"more than {MAX_FRAGMENTS} fragments were spilled")
+        if len(self._kept) >= MAX_KEPT:
+            raise self._error(at, f"more than {MAX_KEPT} fragments would be kept")
         self._kept.add(at, len(view), place)
 
     def _spill_error(self, at: int, reason: str) -> SpillNeededError:
@@ -281,9 +312,11 @@ class PlacedReader(StreamReader, abc.ABC):
     def _window_at(self, offset: int, limit: int) -> Flow[tuple[bytes, bool]]:
         """Return up to ``limit`` bytes, fewer at the end of what is there.
 
+        They end where the next place begins: it may share a sector, but no byte.
         How many of them are used, :meth:`_used` says. The flag tells it from where
         they came.
         """
+        limit = max(min(limit, self._schedule.next_offset - offset), 1)
         if offset < self.position:
             return self._recall(offset, limit), True
         yield from self._go_to(offset)

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from array import array
+from collections.abc import Iterator
 from typing import Final
 
 from pveplug.images.bitruns import words
-from pveplug.images.placed import Place, PlacedReader, Runs
+from pveplug.images.placed import Place, PlacedReader
 from pveplug.images.qcow2_layout import MAGIC, MAX_BACKING_NAME
 from pveplug.images.stream import (
     Flow,
@@ -171,7 +173,7 @@ class Qcow2Reader(PlacedReader):
         if at % (1 << self._bits):
             raise self._error(40, f"an L1 table at byte {at}")
         self._l1_size = needed
-        self._plan(_L1, [(at, needed * 8, 0)], 40)
+        self._plan(Place(at, needed * 8, 0, _L1), 40)
 
     @property
     def _table_bits(self) -> int:
@@ -185,52 +187,55 @@ class Qcow2Reader(PlacedReader):
         match place.tag:
             case 0:
                 data = yield from self._bytes_at(place.offset, place.length)
-                self._judge_l1(data, place.offset)
+                yield from self._judge_l1(data, place.offset)
             case 1:
                 data = yield from self._bytes_at(place.offset, place.length)
                 self._tables_left -= 1
                 self._settled = not self._tables_left
                 guest = place.target << self._bits + self._table_bits
-                if self._extended:
-                    self._judge_extended(data, place.offset, guest)
-                else:
-                    self._judge_l2(data, place.offset, guest)
+                through = self._places_extended if self._extended else self._places
+                places = through(data, place.offset, guest)
+                yield from self._plan_all(places, place.offset, join=_DATA)
             case 2:
                 yield from self._data_at(place.offset, place.length, place.target)
             case _:
                 yield from self._visit_packed(place)
 
-    def _judge_l1(self, data: bytes, at: int) -> None:
+    def _judge_l1(self, data: bytes, at: int) -> Flow[None]:
+        table = words(data, "Q", "big")
+        self._tables_left = sum(1 for entry in table if entry & PLACE)
+        self._settled = not self._tables_left
+        yield from self._plan_all(self._tables(table, at), at)
+
+    def _tables(self, table: array[int], at: int) -> Iterator[Place | None]:
+        size = 1 << self._bits
         span = 1 << self._bits + self._table_bits
-        places = []
-        for index, entry in enumerate(words(data, "Q", "big")):
-            if entry & L1_RESERVED or entry & PLACE & (1 << self._bits) - 1:
+        for index, entry in enumerate(table):
+            if entry & L1_RESERVED or entry & PLACE & size - 1:
                 raise self._error(at + index * 8, f"L1 entry 0x{entry:016x}")
             if entry & PLACE:
-                places.append((entry & PLACE, 1 << self._bits, index))
+                yield Place(entry & PLACE, size, index, _L2)
             else:
                 self._tell_hole(index * span, span)
-        self._tables_left = len(places)
-        self._settled = not places
-        self._plan(_L2, places, at)
+                if self._full:
+                    yield None
 
     def _tell_hole(self, guest: int, length: int) -> None:
         self._tell((GuestParent if self._parent else GuestZero)(guest, length))
 
-    def _judge_l2(self, data: bytes, at: int, guest: int) -> None:
+    def _places(self, data: bytes, at: int, guest: int) -> Iterator[Place | None]:
+        """Go through an L2 table, telling what has no bytes."""
         cluster = 1 << self._bits
-        if not any(data):
+        if data.count(0) == len(data):
             self._tell_hole(guest, len(data) // 8 << self._bits)
             return
-        runs = Runs()
-        packed: list[tuple[int, int, int]] = []
         for index, entry in enumerate(words(data, "Q", "big")):
+            if guest >= self._size:
+                return
             if not entry:
                 self._tell_hole(guest, cluster)
-            elif guest >= self._size:
-                break
             elif entry & IS_COMPRESSED:
-                packed.append(self._packed_place(entry, guest))
+                yield self._packed_place(entry, guest)
             elif entry & RESERVED or entry & PLACE & cluster - 1:
                 raise self._error(at + index * 8, f"L2 entry 0x{entry:016x}")
             elif entry & IS_ZERO:
@@ -241,60 +246,63 @@ class Qcow2Reader(PlacedReader):
                 self._tell_hole(guest, cluster)
             else:
                 length = min(cluster, self._size - guest)
-                runs.add(entry & PLACE, length, guest)
+                yield Place(entry & PLACE, length, guest, _DATA)
+            if self._full:
+                yield None
             guest += cluster
-        self._plan(_DATA, runs.places, at)
-        self._plan(_PACKED, packed, at)
 
-    def _packed_place(self, entry: int, guest: int) -> tuple[int, int, int]:
+    def _packed_place(self, entry: int, guest: int) -> Place:
         """Return where a compressed cluster may be: its end is rounded to a sector."""
         shift = 62 - (self._bits - 8)
         start = entry & (1 << shift) - 1
         sectors = (entry & IS_COMPRESSED - 1) >> shift
         end = (start // SECTOR + sectors + 1) * SECTOR
-        return start, end - start, guest
+        return Place(start, end - start, guest, _PACKED)
 
-    def _judge_extended(self, data: bytes, at: int, guest: int) -> None:
+    def _places_extended(
+        self, data: bytes, at: int, guest: int
+    ) -> Iterator[Place | None]:
+        """Do the same where each cluster has 32 subclusters, with two bits each."""
         cluster = 1 << self._bits
-        part = cluster // SUBCLUSTERS
-        runs = Runs()
-        packed: list[tuple[int, int, int]] = []
         table = words(data, "Q", "big")
         for index in range(0, len(table), 2):
+            if guest >= self._size:
+                return
             entry, bitmap = table[index], table[index + 1]
             where = at + index * 8
             allocated, zero = bitmap & ALL, bitmap >> SUBCLUSTERS
             place = entry & PLACE
-            if guest >= self._size:
-                break
             if entry & IS_COMPRESSED:
                 if bitmap:
                     raise self._error(where + 8, "a compressed cluster of subclusters")
-                packed.append(self._packed_place(entry, guest))
-                guest += cluster
-                continue
-            if entry & (RESERVED | IS_ZERO) or place & cluster - 1:
+                yield self._packed_place(entry, guest)
+            elif entry & (RESERVED | IS_ZERO) or place & cluster - 1:
                 raise self._error(where, f"L2 entry 0x{entry:016x}")
-            if allocated & zero or (allocated and not place):
+            elif allocated & zero or (allocated and not place):
                 raise self._error(
                     where + 8, f"subclusters 0x{bitmap:016x} contradict each other"
                 )
-            at_part = 0
-            for kind, count in _kinds(allocated, zero):
-                length = count * part
-                start = guest + at_part
-                if kind == "data":
-                    inside = min(length, self._size - start)
-                    if inside > 0:
-                        runs.add(place + at_part, inside, start)
-                elif kind == "zero":
-                    self._tell(GuestZero(start, length))
-                else:
-                    self._tell_hole(start, length)
-                at_part += length
+            else:
+                yield from self._subclusters(place, allocated, zero, guest)
+            if self._full:
+                yield None
             guest += cluster
-        self._plan(_DATA, runs.places, at)
-        self._plan(_PACKED, packed, at)
+
+    def _subclusters(
+        self, place: int, allocated: int, zero: int, guest: int
+    ) -> Iterator[Place]:
+        part = (1 << self._bits) // SUBCLUSTERS
+        for kind, count in _kinds(allocated, zero):
+            length = count * part
+            if kind == "data":
+                inside = min(length, self._size - guest)
+                if inside > 0:
+                    yield Place(place, inside, guest, _DATA)
+            elif kind == "zero":
+                self._tell(GuestZero(guest, length))
+            else:
+                self._tell_hole(guest, length)
+            place, guest = place + length, guest + length
 
     # --- compressed clusters -------------------------------------------------------
 

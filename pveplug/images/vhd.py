@@ -15,6 +15,7 @@ parent's. A fixed VHD is read by :mod:`pveplug.images.raw`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from pveplug.images import vhd_wire
@@ -65,7 +66,7 @@ class VhdReader(PlacedReader):
         self._begin(info, 48)
         self._what = "block allocation table"
         table = round_up(header.entries * 4, SECTOR)
-        self._plan(_TABLE, [(self._placed(header.table), table, 0)], 0)
+        self._plan(Place(self._placed(header.table), table, 0, _TABLE), 0)
         yield from self._walk()
         if self._stale:
             self._note(
@@ -106,24 +107,24 @@ class VhdReader(PlacedReader):
 
     def _visit(self, place: Place) -> Flow[None]:
         if place.tag == _TABLE:
-            self._judge_table(
-                (yield from self._bytes_at(place.offset, place.length)), place.offset
-            )
+            table = yield from self._bytes_at(place.offset, place.length)
+            self._settled = True
+            self._what = "blocks"
+            yield from self._plan_all(self._places(table), place.offset)
         else:
             yield from self._tell_block(place)
 
-    def _judge_table(self, table: bytes, at: int) -> None:
-        places = []
+    def _places(self, table: bytes) -> Iterator[Place | None]:
+        """Go through the BAT, telling what isn't there."""
         length = self._bitmap_size + self._block
         for index, sector in enumerate(words(table, "I", "big")[: self._blocks]):
             guest = index * self._block
             if sector == vhd_wire.UNUSED:
                 self._tell_hole(guest, self._block)
+                if self._full:
+                    yield None
             else:
-                places.append((sector * SECTOR, length, guest))
-        self._settled = True
-        self._what = "blocks"
-        self._plan(_BLOCK, places, at)
+                yield Place(sector * SECTOR, length, guest, _BLOCK)
 
     def _tell_hole(self, guest: int, length: int) -> None:
         self._tell((GuestParent if self._parent else GuestZero)(guest, length))

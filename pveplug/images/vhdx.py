@@ -17,11 +17,13 @@ that says which sectors of "partially present" blocks are here and not in the pa
 from __future__ import annotations
 
 import zlib
+from array import array
+from collections.abc import Iterator
 from typing import Final
 
 from pveplug.images import vhdx_wire as wire
 from pveplug.images.bitruns import bit_runs, words
-from pveplug.images.placed import Place, PlacedReader, Runs
+from pveplug.images.placed import Place, PlacedReader
 from pveplug.images.stream import (
     Flow,
     GuestParent,
@@ -63,13 +65,14 @@ class VhdxReader(PlacedReader):
         self._regions: dict[int, tuple[int, bytes]] = {}  # by tag
         self._front = b""
         self._header: wire.Header
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._laid_out: dict[bytes, tuple[int, int]] = {}
         self._wanted = 0
         self._info: ImageInfo | None = None
         self._parent = False
         self._block = self._sector = self._ratio = 0
         self._partial: dict[int, int] = {}  # chunk -> blocks that need its bitmap
         self._bitmaps: dict[int, bytes] = {}
+        self._unpacked = (-1, b"")  # the bitmap that was used last
         self._bitmap_bytes = 0
         self._waiting: dict[int, list[Place]] = {}
 
@@ -92,9 +95,9 @@ class VhdxReader(PlacedReader):
         for tag, offset, length, most in places:
             if not 0 < length <= most or length % MiB:
                 raise self._error(offset, f"{_NAMES[tag]} of {length} bytes")
-            self._plan(tag, [(offset, length, 0)], wire.REGIONS[0])
+            self._plan(Place(offset, length, 0, tag), wire.REGIONS[0])
         self._wanted = len(places)
-        self._front, self._header, self._places = front, header, regions
+        self._front, self._header, self._laid_out = front, header, regions
         yield from self._walk()
         if not self._info:
             raise AssertionError("the regions were planned and not read")
@@ -144,7 +147,7 @@ class VhdxReader(PlacedReader):
                 data = yield from self._bytes_at(place.offset, place.length)
                 self._regions[place.tag] = (place.offset, data)
                 if len(self._regions) == self._wanted:
-                    self._judge_regions()
+                    yield from self._judge_regions()
             case 3:
                 yield from self._data_at(place.offset, place.length, place.target)
             case 4:
@@ -154,7 +157,7 @@ class VhdxReader(PlacedReader):
 
     # --- the regions ---------------------------------------------------------------
 
-    def _judge_regions(self) -> None:
+    def _judge_regions(self) -> Flow[None]:
         """All is here that the rest depends on: replay, then lay the blocks out."""
         if _LOG in self._regions:
             self._replay(*self._regions.pop(_LOG))
@@ -191,7 +194,7 @@ class VhdxReader(PlacedReader):
         self._ratio = (wire.BITMAP_SECTORS * metadata.sector) // metadata.block
         at, data = self._regions.pop(_BAT)
         self._front = b""
-        self._judge_bat(self._patched(data, at), at)
+        yield from self._judge_bat(self._patched(data, at), at)
 
     def _patched(self, data: bytes, at: int) -> bytes:
         patches = self._patches
@@ -202,12 +205,12 @@ class VhdxReader(PlacedReader):
         if isinstance(patches, str):
             raise self._error(at, f"the header names a log, but {patches}")
         front = patches.apply(self._front, 0)
-        if self._choose_regions(front) != self._places:
+        if self._choose_regions(front) != self._laid_out:
             raise self._error(at, "the log moves the regions of the file")
         self._patches = patches
         self._note(f"was not closed cleanly; its log was applied ({len(patches)} runs)")
 
-    def _judge_bat(self, data: bytes, at: int) -> None:
+    def _judge_bat(self, data: bytes, at: int) -> Flow[None]:
         blocks = -(-self._size // self._block)
         if self._parent:
             entries = -(-blocks // self._ratio) * (self._ratio + 1)
@@ -217,41 +220,46 @@ class VhdxReader(PlacedReader):
             raise self._error(at, f"a BAT of {len(data)} bytes for {blocks} blocks")
         table = words(memoryview(data)[: entries * 8].tobytes(), "Q", "little")
         del data
-        runs, partial = Runs(), Runs()
+        self._settled = True
+        yield from self._plan_all(self._places(table, blocks, at), at, join=_DATA)
+        yield from self._plan_all(self._bitmap_places(table, at), at)
+
+    def _places(
+        self, table: array[int], blocks: int, at: int
+    ) -> Iterator[Place | None]:
+        """Go through the BAT, telling what isn't there."""
         hole = GuestParent if self._parent else GuestZero
         for index in range(blocks):
             entry = table[index + index // self._ratio]
             guest = index * self._block
+            length = min(self._block, self._size - guest)
             state = entry & wire.STATE
             if state == wire.FULLY_PRESENT:
-                length = min(self._block, self._size - guest)
-                runs.add(entry & wire.PLACE, length, guest)
-            elif state == wire.NOT_PRESENT:
-                self._tell(hole(guest, self._block))
-            elif state in (wire.UNDEFINED, wire.ZERO, wire.UNMAPPED):
-                self._tell(GuestZero(guest, self._block))
+                yield Place(entry & wire.PLACE, length, guest, _DATA)
             elif state == wire.PARTIALLY_PRESENT and self._parent:
-                length = min(self._block, self._size - guest)
-                partial.places.append((entry & wire.PLACE, length, guest))
                 chunk = index // self._ratio
                 self._partial[chunk] = self._partial.get(chunk, 0) + 1
+                yield Place(entry & wire.PLACE, length, guest, _PARTIAL)
+            elif state == wire.NOT_PRESENT:
+                self._tell(hole(guest, length))
+            elif state in (wire.UNDEFINED, wire.ZERO, wire.UNMAPPED):
+                self._tell(GuestZero(guest, length))
             else:
                 raise self._error(
                     at + (index + index // self._ratio) * 8,
                     f"block {index} is in state {state} (0x{entry:016x})",
                 )
-        bitmaps = []
+            if self._full:
+                yield None
+
+    def _bitmap_places(self, table: array[int], at: int) -> Iterator[Place]:
         for chunk in self._partial:
             index = chunk * (self._ratio + 1) + self._ratio
             if table[index] & wire.STATE != wire.FULLY_PRESENT:
                 raise self._error(
                     at + index * 8, f"sector bitmap {chunk} is needed and not there"
                 )
-            bitmaps.append((table[index] & wire.PLACE, MiB, chunk))
-        self._settled = True
-        self._plan(_DATA, runs.places, at)
-        self._plan(_PARTIAL, partial.places, at)
-        self._plan(_BITMAP, bitmaps, at)
+            yield Place(table[index] & wire.PLACE, MiB, chunk, _BITMAP)
 
     # --- blocks of a differencing disk ---------------------------------------------
 
@@ -283,7 +291,9 @@ class VhdxReader(PlacedReader):
             self._done_with(chunk)
 
     def _bitmap(self, chunk: int) -> bytes:
-        return zlib.decompress(self._bitmaps[chunk])
+        if self._unpacked[0] != chunk:
+            self._unpacked = (chunk, zlib.decompress(self._bitmaps[chunk]))
+        return self._unpacked[1]
 
     def _done_with(self, chunk: int) -> None:
         self._partial[chunk] -= 1

@@ -18,11 +18,13 @@ the tables are in front.
 from __future__ import annotations
 
 import zlib
+from array import array
+from collections.abc import Iterator
 from typing import Final, Literal
 
 from pveplug.images import vmdk_wire as wire
 from pveplug.images.bitruns import words
-from pveplug.images.placed import Place, PlacedReader, Runs
+from pveplug.images.placed import Place, PlacedReader
 from pveplug.images.stream import (
     Flow,
     GuestParent,
@@ -81,26 +83,33 @@ class SparseReader(PlacedReader):
         self._both = len(places) > 1
         self._tables_left = len(places)
         for copy, place in places.items():
-            self._plan(_DIRECTORY, [(place, tables * 4, copy)], at)
+            self._plan(Place(place, tables * 4, copy, _DIRECTORY), at)
 
-    def _judge_directory(self, place: Place, data: bytes) -> None:
+    def _judge_directory(self, place: Place, data: bytes) -> Flow[None]:
         """Plan its tables; what one directory lacks, the other must lack too."""
-        span = self._grain * self._entries
         sectors = words(data, "I", "little")
         used = bytes(map(bool, sectors))
-        if self._used_tables not in (None, used):
+        first = self._used_tables is None
+        if not first and self._used_tables != used:
             raise self._error(place.offset, "the two grain directories differ")
-        places = []
+        self._used_tables = used
+        self._tables_left += sum(used) - 1
+        self._settled = not self._tables_left
+        tables = self._table_places(sectors, place.target, first)
+        yield from self._plan_all(tables, place.offset)
+
+    def _table_places(
+        self, sectors: array[int], copy: int, first: bool
+    ) -> Iterator[Place | None]:
+        span = self._grain * self._entries
         for index, sector in enumerate(sectors):
             if sector:
-                target = index * 2 + place.target
-                places.append((sector * SECTOR, self._entries * 4, target))
-            elif self._used_tables is None:
+                target = index * 2 + copy
+                yield Place(sector * SECTOR, self._entries * 4, target, _TABLE)
+            elif first:
                 self._tell_hole(index * span, span)
-        self._used_tables = used
-        self._tables_left += len(places) - 1
-        self._settled = not self._tables_left
-        self._plan(_TABLE, places, place.offset)
+                if self._full:
+                    yield None
 
     def _tell_hole(self, guest: int, length: int) -> None:
         self._tell((GuestParent if self._parent else GuestZero)(guest, length))
@@ -114,14 +123,14 @@ class SparseReader(PlacedReader):
         else:
             data = yield from self._bytes_at(place.offset, place.length)
             if place.tag == _DIRECTORY:
-                self._judge_directory(place, data)
+                yield from self._judge_directory(place, data)
                 return
             self._tables_left -= 1
             # Before its places are planned: they may lie right behind it.
             self._settled = not self._tables_left
-            self._judge_table(place, data)
+            yield from self._judge_table(place, data)
 
-    def _judge_table(self, place: Place, data: bytes) -> None:
+    def _judge_table(self, place: Place, data: bytes) -> Flow[None]:
         index = place.target >> 1
         if self._both:
             known = self._sums.pop(index, None)
@@ -135,31 +144,30 @@ class SparseReader(PlacedReader):
                         "them is damaged or was not written before a crash",
                     )
                 return
+        if data.count(0) != len(data):
+            places = self._grain_places(data, index, place.offset)
+            yield from self._plan_all(places, place.offset, join=_GRAIN)
+        else:
+            span = self._grain * self._entries
+            self._tell_hole(index * span, span)
+
+    def _grain_places(self, data: bytes, index: int, at: int) -> Iterator[Place]:
         grain = self._grain
         guest = index * grain * self._entries
-        if not any(data):
-            self._tell_hole(guest, grain * self._entries)
-            return
-        runs = Runs()
-        compressed = []
         for entry in words(data, "I", "little"):
             if guest >= self._size:
                 if entry:
-                    raise self._error(
-                        place.offset, f"table {index} has a grain beyond the disk"
-                    )
+                    raise self._error(at, f"table {index} has a grain beyond the disk")
             elif not entry:
                 self._tell_hole(guest, grain)
             elif entry == wire.ZEROED and self._zeroed:
                 self._tell(GuestZero(guest, grain))
             elif self._compressed:
-                compressed.append((entry * SECTOR, SECTOR, guest))
+                yield Place(entry * SECTOR, SECTOR, guest, _COMPRESSED)
             else:
                 length = min(grain, self._size - guest)
-                runs.add(entry * SECTOR, length, guest)
+                yield Place(entry * SECTOR, length, guest, _GRAIN)
             guest += grain
-        self._plan(_GRAIN, runs.places, place.offset)
-        self._plan(_COMPRESSED, compressed, place.offset)
 
     def _visit_compressed(self, place: Place) -> Flow[None]:
         marker = yield from self._bytes_at(place.offset, wire.GRAIN_MARKER.size)

@@ -16,6 +16,8 @@ without its end marker is cut, whatever it held.
 
 from __future__ import annotations
 
+from typing import Final
+
 from pveplug.images import vmdk_wire as wire
 from pveplug.images.bitruns import bit_runs, words
 from pveplug.images.stream import (
@@ -26,6 +28,9 @@ from pveplug.images.stream import (
     StreamReader,
 )
 from pveplug.units import SECTOR, KiB, round_up
+
+MAX_GRAINS: Final = 1 << 30
+"""64 TiB of 64 KiB; a bit for each up to the last that came, so 128 MiB at most."""
 
 
 class VmdkStreamReader(StreamReader):
@@ -47,7 +52,9 @@ class VmdkStreamReader(StreamReader):
         self._begin(info, 12)
         self._header = header
         grains = -(-header.capacity // header.grain)
-        self._seen = bytearray(-(-grains // 8))
+        if grains > MAX_GRAINS:
+            raise self._error(12, f"a disk of {grains} grains")
+        self._seen = bytearray()
         self._open: dict[int, int] = {}  # grains that no table has named yet
         self._tables: dict[int, int] = {}
         self._what = "grains"
@@ -56,11 +63,13 @@ class VmdkStreamReader(StreamReader):
             yield from self._breathe()
         hole = GuestZero if info.parent is None else GuestParent
         at = 0
-        for seen, count in bit_runs(self._seen, 0, grains, high_first=False):
+        known = min(grains, 8 * len(self._seen))
+        for seen, count in bit_runs(self._seen, 0, known, high_first=False):
             if not seen:
                 self._tell(hole(at * header.grain, count * header.grain))
                 yield from self._breathe()
             at += count
+        self._tell(hole(at * header.grain, (grains - at) * header.grain))
         yield from self._finish(info)
 
     def _describe(self, header: wire.Header) -> Flow[ImageInfo]:
@@ -123,9 +132,8 @@ class VmdkStreamReader(StreamReader):
             raise self._error(at, f"a grain at sector {sector} of the disk")
         if size > wire.longest(header.grain):
             raise self._error(at + 8, f"a compressed grain of {size} bytes")
-        if self._seen[number >> 3] >> (number & 7) & 1:
+        if not self._mark(number):
             raise self._error(at, f"grain {number} comes twice")
-        self._seen[number >> 3] |= 1 << (number & 7)
         start = wire.GRAIN_MARKER.size
         data = first[start : start + size]
         if len(data) < size:
@@ -140,6 +148,15 @@ class VmdkStreamReader(StreamReader):
         if len(self._open) > 64 * KiB:
             self._open.clear()  # no tables come, or much too late
         self._tell_data(guest, memoryview(grain), made=True)
+
+    def _mark(self, number: int) -> bool:
+        """Note that a grain came; False if it had."""
+        byte, bit = number >> 3, 1 << (number & 7)
+        if byte >= len(self._seen):
+            self._seen.extend(bytes(byte + 4 * KiB - len(self._seen)))
+        new = not self._seen[byte] & bit
+        self._seen[byte] |= bit
+        return new
 
     # --- what comes after the grains -----------------------------------------------
 
@@ -169,9 +186,8 @@ class VmdkStreamReader(StreamReader):
 
     def _tell_zeroed(self, at: int, number: int) -> None:
         guest = number * self._header.grain
-        if guest >= self._size or self._seen[number >> 3] >> (number & 7) & 1:
+        if guest >= self._size or not self._mark(number):
             raise self._error(at, f"grain {number} is zeroed, and was there")
-        self._seen[number >> 3] |= 1 << (number & 7)
         self._tell(GuestZero(guest, self._header.grain))
 
     def _judge_directory(self, at: int, length: int) -> Flow[None]:
