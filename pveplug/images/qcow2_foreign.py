@@ -63,7 +63,12 @@ _L1: Final = 0
 _L2: Final = 1
 _DATA: Final = 2
 _PACKED: Final = 3
-_NAMES: Final = ("L1 table", "L2 tables", "clusters", "compressed clusters")
+_REFCOUNTS: Final = 4
+_NAMES: Final = (
+    *("L1 table", "L2 tables", "clusters", "compressed clusters"),
+    "refcount table",
+)
+MAX_REFCOUNTS: Final = 8 * MiB
 
 
 class Qcow2Reader(PlacedReader):
@@ -91,7 +96,7 @@ class Qcow2Reader(PlacedReader):
         magic, version, name_at, name_size, bits, size, crypt, l1_size, l1_at = fields[
             :9
         ]
-        snapshots = fields[11]
+        refcounts, refcount_clusters, snapshots = fields[9:12]
         if magic != MAGIC:
             raise self._error(0, "this is not a qcow2 image")
         if version not in (2, 3):
@@ -117,6 +122,12 @@ class Qcow2Reader(PlacedReader):
             self._note("is marked dirty: reference counts are stale, the data isn't")
         if snapshots:
             self._note(f"holds {snapshots} snapshots, which are not read")
+        # What is known not to be a cluster of the disk needn't be spilled.
+        self._what = "header"
+        yield from self._skip(max((1 << bits) - self.position, 0))
+        length = refcount_clusters << bits
+        if refcounts >= 1 << bits and 0 < length <= MAX_REFCOUNTS:
+            self._plan(Place(refcounts, length, 0, _REFCOUNTS), 48)
         self._plan_l1(l1_at, l1_size)
         yield from self._walk()
         yield from self._finish(info)
@@ -198,8 +209,11 @@ class Qcow2Reader(PlacedReader):
                 yield from self._plan_all(places, place.offset, join=_DATA)
             case 2:
                 yield from self._data_at(place.offset, place.length, place.target)
-            case _:
+            case 3:
                 yield from self._visit_packed(place)
+            case _:
+                yield from self._go_to(place.offset)
+                yield from self._skip(place.length)
 
     def _judge_l1(self, data: bytes, at: int) -> Flow[None]:
         table = words(data, "Q", "big")
