@@ -235,7 +235,7 @@ def test_any_change_of_a_delta_is_noticed(data):
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.value)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_split_gives_the_same_events(kind, data):
     base = data.draw(st.sampled_from(edits.bases(kind)))
@@ -250,7 +250,7 @@ def test_any_split_gives_the_same_events(kind, data):
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.value)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.binary(max_size=60))
 def test_an_edited_image_is_refused_or_tiles_its_disk(kind, data):
     refused = None

@@ -35,6 +35,7 @@ from pveplug.images.stream import (
     feed,
     finish,
 )
+from pveplug.images.vmdk_set import VmdkSet
 from tests.support import qcow2_images, vhd_images, vhdx_images, vmdk_images
 
 MIB = 1 << 20
@@ -233,6 +234,62 @@ def mended(kind: Format, image: bytes) -> bytes:
                 out[at : at + 32] = hashlib.sha256(out[:at]).digest()
                 break
     return bytes(out)
+
+
+def set_of(data: bytes) -> dict[str, bytes]:
+    """Make the files of a VMDK of several: byte 0 says in which order they come.
+
+    The rest is the descriptor: itself after a zero, else edits of 3 bytes on one.
+    """
+    lines = ['RW 16 SPARSE "a.vmdk"', 'RW 30 VMFSSPARSE "b.vmdk"']
+    lines += ['RW 8 FLAT "c.vmdk" 1', "RW 8 ZERO", 'RW 4 FLAT "c.vmdk" 9']
+    text = bytearray(vmdk_images.descriptor("custom", lines, parent=9, hint="p.vmdk"))
+    if data[1:2] == b"\0":
+        text = bytearray(data[2:])
+    else:
+        for at in range(2, len(data) - 2, 3):
+            where = int.from_bytes(data[at : at + 2], "big") % len(text)
+            text[where] = data[at + 2]
+    files = {
+        "disk.vmdk": bytes(text),
+        "a.vmdk": vmdk_images.sparse(noise(8192), "d.", text=b""),
+        "b.vmdk": vmdk_images.cowd(noise(15360), "d.dd.d".ljust(30, ".")),
+        "c.vmdk": noise(8192),
+    }
+    names = list(files)
+    turn = data[0] % 4 if data else 0
+    return {name: files[name] for name in names[turn:] + names[:turn]}
+
+
+def run_set(files: dict[str, bytes], piece: int = 4096) -> None:
+    """Read a VMDK of several files; its events must tile the disk.
+
+    Raises:
+        IntegrityError: it was refused, as it should be.
+    """
+    disk = VmdkSet(spill=MemorySpill(MIB))
+    runs: list[tuple[int, int]] = []
+    size = 0
+
+    def take(events) -> None:
+        nonlocal size
+        while events or disk.pending:
+            for event in events:
+                if isinstance(event, ImageInfo):
+                    size = event.size or 0
+                elif isinstance(event, GuestData | GuestZero | GuestParent):
+                    runs.append((event.offset, event.offset + event.length))
+            events = disk.receive_data(b"") if disk.pending else []
+
+    for name, content in files.items():
+        disk.begin_file(name, len(content))
+        for at in range(0, len(content), piece):
+            take(disk.receive_data(content[at : at + piece]))
+        take(disk.end_file())
+    take(disk.receive_eof())
+    runs.sort()
+    assert [low for low, _ in runs] == [0, *(high for _, high in runs[:-1])]
+    assert runs[-1][1] == size
 
 
 def run(kind: Format, image: bytes, piece: int = 65536) -> ImageInfo:

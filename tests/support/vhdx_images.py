@@ -75,6 +75,7 @@ class Vhdx:
     fixed: bool = False
     sequence: tuple[int, int] = (7, 8)
     log: bytes = b""
+    size: int | None = None  # where the disk isn't as long as ``disk``
     places: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -85,7 +86,7 @@ class Vhdx:
         flags = self.fixed | (2 if self.parent else 0)
         items = [
             (PARAMETERS, struct.pack("<II", self.block, flags), 4),
-            (SIZE, struct.pack("<Q", len(self.disk)), 6),
+            (SIZE, struct.pack("<Q", self.size or len(self.disk)), 6),
             (PAGE83, uuid.UUID(int=9).bytes_le, 6),
             (LOGICAL, struct.pack("<I", self.sector), 6),
             (PHYSICAL, struct.pack("<I", 4096), 6),
@@ -119,7 +120,7 @@ class Vhdx:
         return (table.ljust(65536, b"\0") + body).ljust(MIB, b"\0")
 
     def make(self) -> bytes:
-        count = -(-len(self.disk) // self.block)
+        count = -(-(self.size or len(self.disk)) // self.block)
         assert len(self.states) == count
         chunks = -(-count // self.ratio)
         per = len(range(0, chunks)) * (self.ratio + 1)
@@ -175,7 +176,7 @@ class Vhdx:
                 0,
                 1,
                 MIB,
-                self.places["log"],
+                self.places.get("log", 0),
             )
             start = 65536 * (number + 1)
             out[start : start + 4096] = sealed(head.ljust(4096, b"\0"))
