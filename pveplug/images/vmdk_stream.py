@@ -32,6 +32,8 @@ from pveplug.units import SECTOR, KiB, round_up
 MAX_GRAINS: Final = 1 << 30
 """64 TiB of 64 KiB; a bit for each up to the last that came, so 128 MiB at most."""
 
+MAX_OPEN: Final = 64 * KiB  # grains that no table has named yet; VMware: 512
+
 
 class VmdkStreamReader(StreamReader):
     """Tells a streamOptimized disk with its directory at the end."""
@@ -40,6 +42,7 @@ class VmdkStreamReader(StreamReader):
 
     _seen = bytearray()  # a bit for each grain
     _footer = False
+    _compared = True
 
     def _run(self) -> Flow[None]:
         header = wire.parse_header((yield from self._take(wire.HEADER.size)))
@@ -145,8 +148,10 @@ class VmdkStreamReader(StreamReader):
         if isinstance(grain, str):
             raise self._error(at, grain)
         self._open[number] = at // SECTOR
-        if len(self._open) > 64 * KiB:
-            self._open.clear()  # no tables come, or much too late
+        if len(self._open) > MAX_OPEN:
+            # No tables come, or all of them at the end: then they are not compared.
+            self._open.clear()
+            self._compared = False
         self._tell_data(guest, memoryview(grain), made=True)
 
     def _mark(self, number: int) -> bool:
@@ -163,6 +168,10 @@ class VmdkStreamReader(StreamReader):
     def _judge_table(self, at: int, data: bytes) -> None:
         """A table comes right after its grains; it must name them, and only them."""
         entries = words(data, "I", "little")
+        if not self._compared:
+            if self._header.flags & wire.ZEROED_GRAINS and wire.ZEROED in entries:
+                raise self._error(at, "zeroed grains in a table that comes too late")
+            return
         if not self._open:
             if any(entries):
                 raise self._error(at, "a grain table for grains that did not come")
@@ -215,7 +224,9 @@ class VmdkStreamReader(StreamReader):
         self._footer = True
 
     def _judge_end(self, at: int) -> None:
-        if self._tables and self._open:
+        if not self._compared:
+            self._note("the grain tables come too late to be compared")
+        elif self._tables and self._open:
             raise self._error(
                 at, f"the stream ends, and {len(self._open)} grains are in no table"
             )
