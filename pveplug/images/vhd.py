@@ -148,8 +148,7 @@ class VhdReader(PlacedReader):
 
     def _pass_stale(self, at: int, length: int) -> Flow[None]:
         if at < self.position:
-            yield from self._bytes_at(at, length)
-            return
+            return  # the block lies in the spill; the rest of it may stay there
         while length:
             view = yield from self._some(min(length, 64 * KiB))
             length -= len(view)

@@ -49,7 +49,6 @@ COWD_ENTRIES: Final = 4096
 
 DESCRIPTOR: Final = b"# disk descriptorfile"
 NO_PARENT: Final = "ffffffff"
-_KEY: Final = re.compile(r"""^\s*([\w.]+)\s*=\s*"?([^"]*?)"?\s*$""")
 _EXTENT: Final = re.compile(
     r"""^\s*(RW|RDONLY|NOACCESS)\s+(\d{1,15})\s+(\w+)"""
     r"""(?:\s+"([^"]*)"(?:\s+(\d{1,15}))?)?""",
@@ -185,8 +184,10 @@ def parse_descriptor(data: bytes) -> Descriptor | str:
                     int(offset or 0) * SECTOR,
                 )
             )
-        elif found := _KEY.match(line):
-            keys.setdefault(found[1].lower(), found[2])
+        else:
+            key, equals, value = line.partition("=")
+            if equals:
+                keys.setdefault(key.strip().lower(), value.strip().strip('"'))
     if "createtype" not in keys:
         return "the descriptor names no createType"
     cid = keys.get("cid", "").lower()
@@ -203,7 +204,9 @@ def parse_descriptor(data: bytes) -> Descriptor | str:
 
 def _text(data: bytes) -> str:
     """Decode by what the text itself says, or as UTF-8, or as anything."""
-    named = re.search(rb'^\s*encoding\s*=\s*"?([\w.-]+)', data, re.M | re.I)
+    named = re.search(
+        rb'^[ \t]*encoding[ \t]*=[ \t]*"?([\w.-]{1,40})', data, re.M | re.I
+    )
     for encoding in (named[1].decode("ascii", "replace") if named else "", "utf-8"):
         try:
             return data.decode(encoding)

@@ -274,6 +274,17 @@ def test_descriptors_are_judged(line, match):
 # --- VHD, VHDX ------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("filler", [b"\n", b" ", b"a=", b'"', b"RW 1 ", b"x= \t"])
+def test_a_descriptor_of_a_megabyte_takes_no_time(filler):
+    text = vmdk_images.descriptor("custom") + filler * (1000_000 // len(filler))
+    disk = VmdkSet()
+    disk.begin_file("a.vmdk")
+    disk.receive_data(text)
+    with pytest.raises(IntegrityError, match=r"0 extents|is not read"):
+        disk.end_file()
+
+
 def test_damaged_vhds_are_refused():
     image = vhd_images.sparse(edits.noise(8192), "dd")
     refused(image[:-512], "truncated")
