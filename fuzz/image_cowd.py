@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fuzz the reader of cowd.
+
+python -m fuzz.image_cowd -max_total_time=600
+"""
+
+from fuzz.images import fuzz
+
+if __name__ == "__main__":
+    fuzz("cowd")
