@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,30 @@ def run(argv: Sequence[str], more: Sequence[int] = ()) -> tuple[float, float, fl
         raise SystemExit(f"{' '.join(argv)} ended with {process.returncode}")
     cpu = usage.ru_utime + usage.ru_stime
     return seconds, cpu + sum(_cpu_of(pid) for pid in more) - before, peak.mib
+
+
+class Resident:
+    """The peak memory of single processes, without those below them, in a block."""
+
+    def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
+        self.mib: dict[int, float] = {}
+        self._pids = pids
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Resident:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            for pid in self._pids():
+                mib = _resident(pid) * os.sysconf("SC_PAGE_SIZE") / 2**20
+                self.mib[pid] = max(self.mib.get(pid, 0.0), mib)
 
 
 class _Peak:
