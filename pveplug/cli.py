@@ -19,6 +19,7 @@ from pveplug import (
     __version__,
     command_bitmaps,
     command_dr,
+    command_import,
     command_receiver,
     command_repair,
     command_replicas,
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return command_bitmaps.run(arguments)
             case "dr":
                 return command_dr.run(arguments)
+            case "import":
+                return command_import.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
             case "replicas":
@@ -136,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     command_bitmaps.add_parser(commands)
     command_replicas.add_parser(commands)
     command_dr.add_parser(commands)
+    command_import.add_parser(commands)
     command_receiver.add_parser(commands)
     return parser
 
