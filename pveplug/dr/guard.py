@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 OWN_WAIT_S: Final = 60.0
 
+HELD: Final = "held"
+"""The file beside a replica's record that says that PVE's lock is ours."""
+
 
 class Guard:
     """Of one replica; ``own``, then ``lock`` and ``unlock``, then ``release``."""
@@ -35,7 +38,7 @@ class Guard:
     def __init__(self, site: Site, record: Record, directory: Path) -> None:
         self._site = site
         self._record = record
-        self._proof = directory / "held"
+        self._proof = directory / HELD
         self._owning = contextlib.AsyncExitStack()
         self._owned = 0
 

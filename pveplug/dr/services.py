@@ -14,16 +14,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 from pveplug.dr import boot, testvm
 from pveplug.dr.admission import CYCLE_MODES
 from pveplug.dr.failover import ACTIONS, BOOT_S, Operation, seconds_of
+from pveplug.dr.guard import HELD
 from pveplug.dr.overview import overview, overviews
 from pveplug.dr.provision import Site
 from pveplug.dr.replica import open_replica
 from pveplug.dr.sendback import SendingBack, sending_back
-from pveplug.dr.store import ReplicaError, ReplicaStore
+from pveplug.dr.store import Record, ReplicaError, ReplicaStore
 from pveplug.errors import PveplugError
 from pveplug.events import NullReporter, Reporter
 from pveplug.proto.dr_frames import Command, Open, Result, State
@@ -220,7 +222,7 @@ class ReplicaServices:
     # --- what a receiver that was killed has left ------------------------------------
 
     async def recover(self, say: Reporter) -> bool:
-        """Remove test VMs of a receiver that was killed, and apply what they held up.
+        """Undo what a receiver that was killed has left: test VMs, stages, locks.
 
         Returns: whether all is done; else it is to be tried again later.
         """
@@ -237,8 +239,28 @@ class ReplicaServices:
         record = await asyncio.to_thread(self.store.read, uuid)
         if record is None or uuid in self._tests:
             return
-        if record.testing is None and not await testvm.leftovers(self.site, record):
+        tested = record.testing is not None or bool(
+            await testvm.leftovers(self.site, record)
+        )
+        unfinished = await asyncio.to_thread(self._unfinished, record)
+        if not tested and not unfinished:
             return
         opening = Open("recovery", uuid, 0, "", self.site.here, "recovery")
         async with self._opener(self.store, self.site, opening) as replica:
-            await Operation(replica, say).clear_test()
+            if tested:
+                await Operation(replica, say).clear_test()
+            if unfinished and record.role in ("seeding", "standby"):
+                await replica.unlock()
+                await replica.apply_pending(say)
+
+    def _unfinished(self, record: Record) -> bool:
+        """Whether a session was killed in the middle: its stage or lock is there."""
+        directory = self.store.directory(record.uuid)
+        stages = directory
+        if self.site.stage_dir:
+            stages = Path(self.site.stage_dir) / record.uuid
+        return (
+            record.intent is not None
+            or (directory / HELD).exists()
+            or any(stages.glob("*.stage"))
+        )

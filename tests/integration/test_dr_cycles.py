@@ -292,3 +292,30 @@ def contents(vm: LabVm) -> dict[str, str]:
 def root_api(sites: TwoSites) -> PveApi:
     endpoint = Endpoint("127.0.0.1", sites.site.api_port, (sites.site.fingerprint,))
     return PveApi(endpoint, TicketAuth("root@pam", sites.site.root_password))
+
+
+async def test_a_receiver_that_was_killed_tidies_up_when_it_starts_again() -> None:
+    async with TwoSites() as sites:
+        await source_vm(sites)
+        await sites.start_receiver()
+        status, said = await dr(sites, "seed", "vmid=100")
+        assert status == 0, said
+        await sites.kill_receiver()
+        # As a kill in the middle of an increment leaves it.
+        folder = next(sites.state_dir.rglob("record.json")).parent
+        stage = sites.stage_dir / folder.name / "00000002.stage"
+        stage.parent.mkdir(parents=True, exist_ok=True)
+        stage.write_bytes(b"a part")
+        sites.dr.vm(100).set(lock="backup")
+        (folder / "held").touch()
+
+        await sites.start_receiver()
+        for _ in range(300):
+            if not stage.exists() and "lock" not in sites.dr.vm(100).conf.values:
+                break
+            await asyncio.sleep(0.1)
+        assert not stage.exists(), sites.receiver_log[-2000:]
+        assert "lock" not in sites.dr.vm(100).conf.values, sites.receiver_log[-2000:]
+        status, said = await dr(sites, "incremental", "vmid=100")
+        assert status == 0, said
+        await same(sites, said, "scsi0", "scsi1")
