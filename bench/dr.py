@@ -50,7 +50,11 @@ def measure(*, small: bool, rounds: int) -> list[Row]:
         sides = compare(lambda: ours, lambda: plain, rounds=rounds)
         rows = [
             throughput(
-                "dr-channel", "the channel alone, one way", size, sides, at_least=0.85
+                "dr-channel",
+                "a seed's frames over the channel, digested on both sides",
+                size,
+                sides,
+                at_least=0.85,
             )
         ]
         floor = sides[1].median
@@ -79,21 +83,22 @@ async def _on_two_sites(
                 receiver = max(receiver, memory.mib.pop(sites.receiver_pid))
                 sender = max(sender, max(memory.mib.values()))
         seconds = statistics.median(seed[0] for seed in seeds)
-        ratio = floor / seconds
         speed = size / 1e6 / seconds
+        ratio = speed / PUBLISHED_SEED_MB_S
         cpu = statistics.median(seed[1] for seed in seeds) * 2**30 / size
         most = max(seed[2] for seed in seeds)
         spread = f"{min(s[0] for s in seeds):.1f}-{max(s[0] for s in seeds):.1f} s"
         say(
-            f"     dr-seed whole seeds, process start to restore point: {ratio:.2f} of "
-            f"plain TLS (at least 0.85); {speed:.0f} MB/s ({spread}), {cpu:.2f} s "
-            f"CPU/GiB; published elsewhere: {PUBLISHED_SEED_MB_S} MB/s"
+            f"     dr-seed whole seeds, process start to restore point: {speed:.0f} "
+            f"MB/s ({spread}), {ratio:.1f} of the {PUBLISHED_SEED_MB_S} MB/s published "
+            f"elsewhere, {floor / seconds:.2f} of plain TLS into nothing; {cpu:.2f} s "
+            "CPU/GiB with the receiver's programs, without QEMU's"
         )
         rows.append(
             Row(
-                *("dr-seed", "seed over TLS, whole, beside a plain TLS stream"),
-                *(round(ratio, 3), 0.85, None, ratio >= 0.85, round(speed, 1)),
-                *(round(size / 1e6 / floor, 1), round(cpu, 3), round(most, 1)),
+                *("dr-seed", "whole seed, beside the published 19 MB/s"),
+                *(round(ratio, 3), 1.0, None, ratio >= 1, round(speed, 1)),
+                *(PUBLISHED_SEED_MB_S, round(cpu, 3), round(most, 1)),
             )
         )
         for who, mib in (("sender", sender), ("receiver", receiver)):

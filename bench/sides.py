@@ -54,7 +54,7 @@ async def dr_channel(image: str, cert: str, key: str) -> None:
         digest = RunDigest()
         with open(image, "rb") as file:  # noqa: ASYNC230 - from the page cache
             offset = 0
-            while data := file.read(512 << 10):
+            while data := file.read(1 << 20):
                 block = Block(0, offset, data)
                 digest.add(block)
                 await channel.send(block)

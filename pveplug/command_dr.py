@@ -65,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for text in warnings:
         sys.stderr.write(f"warning: {text}\n")
-    return asyncio.run(_run(node, config, as_json=arguments.json))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(node, config, as_json=arguments.json))
 
 
 async def _run(node: Node, config: BackupConfig, *, as_json: bool) -> int:

@@ -36,6 +36,7 @@ from pveplug.proto.dr_digest import (
 from pveplug.proto.dr_frames import (
     DIGEST_SIZE,
     LEAF,
+    MAX_BLOCK,
     MAX_DIGESTS,
     AskDigests,
     AskSamples,
@@ -190,7 +191,12 @@ class DiskSender:
         )
 
     async def _slots(self, runs: Iterable[tuple[int, int]]) -> AsyncIterator[Slot]:
-        reader = OrderedReader(self._client, allowed=lambda: self._limit.pace.in_flight)
+        # A megabyte a frame costs a fifth less processor time than half of one.
+        reader = OrderedReader(
+            self._client,
+            request_bytes=MAX_BLOCK,
+            allowed=lambda: self._limit.pace.in_flight,
+        )
         async with aclosing(reader.read(runs)) as slots:  # type: ignore[type-var]
             async for slot in slots:
                 await self._limit.spend(slot.length)

@@ -163,7 +163,10 @@ class Failback:
             self._note(UNDONE)
             async with self._held() as journal:
                 await self._apply(self._old, journal)
-        options = {"dr_start": "yes" if self._replication.dr_start else "no"}
+        options = {
+            "dr_start": "yes" if self._replication.dr_start else "no",
+            "dr_boot_timeout": str(self._replication.dr_boot_timeout),
+        }
         result = await self._talk.ask(Command("failback-undo", options), Result)
         await asyncio.to_thread(self._forget)
         return result.epoch, result.values
