@@ -109,6 +109,7 @@ async def test_two_replicas_are_made_and_brought_up_to_date_side_by_side() -> No
 async def test_eight_at_once_lose_nothing_and_a_ninth_is_told_why() -> None:
     receiver = {"limits.sessions": 8}
     async with TwoSites(receiver=receiver) as sites, sites.cutting() as proxy:
+        sites.most_hold_s = 10.0  # nine QEMUs and their senders on two processors
         vmids = list(range(100, 109))
         sources = [await source(sites, vmid) for vmid in vmids]
         await sites.start_receiver()

@@ -375,6 +375,7 @@ async def drcuts(arguments: argparse.Namespace) -> int:
     failure = ""
     try:
         async with TwoSites() as sites, sites.cutting() as proxy:
+            sites.most_hold_s = 10.0  # who holds a monitor may wait for a processor
             run = DrCuts(sites, proxy, arguments.seed)
             try:
                 await sites.start_receiver()

@@ -118,7 +118,9 @@ class TwoSites(World):
         for node in self.dr.nodes.values():
             for vmid, machine in node.machines.items():
                 longest = machine.qmp_relay.max_hold_s()
-                assert longest < 1, f"DR VM {vmid}: monitor held for {longest:.2f} s"
+                assert longest < self.most_hold_s, (
+                    f"DR VM {vmid}: monitor held for {longest:.2f} s"
+                )
 
     def assert_volumes_free(self) -> None:
         """Assert that no process has a volume of a stopped VM of the DR site open."""

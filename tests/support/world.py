@@ -49,6 +49,8 @@ class World:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.base = short_base("pw")
+        self.most_hold_s = 1.0
+        """More only where a test itself keeps the processors busy all the time."""
         self.site = Site(self.base / "s", **(site or {}))
         self._prefix = prefix
         self._bacula_arguments = dict(bacula or {})
@@ -93,11 +95,13 @@ class World:
             await self._stop()
 
     def assert_polite(self) -> None:
-        """Assert that nobody but PVE held a monitor for a second."""
+        """Assert that nobody but PVE held a monitor for ``most_hold_s``."""
         for node in self.site.nodes.values():
             for vmid, machine in node.machines.items():
                 longest = machine.qmp_relay.max_hold_s()
-                assert longest < 1, f"VM {vmid}: monitor held for {longest:.2f} s"
+                assert longest < self.most_hold_s, (
+                    f"VM {vmid}: monitor held for {longest:.2f} s"
+                )
 
     async def _stop(self) -> None:
         try:
