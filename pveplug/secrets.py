@@ -83,30 +83,54 @@ class SecretSource:
         return _from_command(self.key, self.value)
 
 
-def _from_file(key: str, path: str) -> Secret:
+def check_file(key: str, path: str, *, private: bool) -> None:
+    """See that a file can be read and, if private, that only its owner can.
+
+    Raises:
+        ConfigError: it can't, or others may read or change it; what to run is said.
+    """
+    handle = _opened(key, path)
+    try:
+        _check_owner(key, path, os.fstat(handle), private=private)
+    finally:
+        os.close(handle)
+
+
+def _opened(key: str, path: str) -> int:
     try:
         # O_NONBLOCK: a FIFO by that name must not hang the job.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(
             f"{key}: cannot read {path}: {error.strerror}", key=key
         ) from error
+
+
+def _check_owner(
+    key: str, path: str, status: os.stat_result, *, private: bool = True
+) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{key}: {path} is not a regular file", key=key)
+    if not private:
+        return
+    if status.st_mode & 0o077:
+        raise ConfigError(
+            f"{key}: {path} is open to group or others "
+            f"(mode {stat.S_IMODE(status.st_mode):04o}); run: chmod 600 {path}",
+            key=key,
+        )
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{key}: {path} belongs to user id {status.st_uid}, who could "
+            f"change it; run: chown root {path}",
+            key=key,
+        )
+
+
+def _from_file(key: str, path: str) -> Secret:
+    handle = _opened(key, path)
     try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{key}: {path} is not a regular file", key=key)
-        if status.st_mode & 0o077:
-            raise ConfigError(
-                f"{key}: {path} is open to group or others "
-                f"(mode {stat.S_IMODE(status.st_mode):04o}); run: chmod 600 {path}",
-                key=key,
-            )
-        if status.st_uid not in (0, os.geteuid()):
-            raise ConfigError(
-                f"{key}: {path} belongs to user id {status.st_uid}, who could "
-                f"change it; run: chown root {path}",
-                key=key,
-            )
+        _check_owner(key, path, os.fstat(handle))
         raw = os.read(handle, MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(

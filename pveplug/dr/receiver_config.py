@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import os
-import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any, Final
 
 from pveplug.errors import ConfigError
 from pveplug.node import Node
-from pveplug.secrets import Origin, Secret, SecretSource
+from pveplug.secrets import Origin, Secret, SecretSource, check_file
 from pveplug.units import MiB
 from pveplug.values import (
     HOST,
@@ -100,10 +98,10 @@ class ReceiverConfig:
         """
         self.token()
         self.pve_secret()
-        _check_private("tls.key", self.key_file)
-        _check_readable("tls.cert", self.cert_file)
+        check_file("tls.key", self.key_file, private=True)
+        check_file("tls.cert", self.cert_file, private=False)
         if self.ca_file:
-            _check_readable("auth.ca_file", self.ca_file)
+            check_file("auth.ca_file", self.ca_file, private=False)
 
 
 def load_receiver(path: Path, node: Node) -> ReceiverConfig:
@@ -366,32 +364,3 @@ KEYS: Final = (
 
 def _secret(key: str, path: str) -> Secret:
     return SecretSource(key, Origin.FILE, path).resolve()
-
-
-def _check_private(key: str, path: str) -> None:
-    status = _check_readable(key, path)
-    if status.st_mode & 0o077:
-        raise ConfigError(
-            f"{key}: {path} is open to group or others "
-            f"(mode {stat.S_IMODE(status.st_mode):04o}); run: chmod 600 {path}",
-            key=key,
-        )
-    if status.st_uid not in (0, os.geteuid()):
-        raise ConfigError(
-            f"{key}: {path} belongs to user id {status.st_uid}, who could change it; "
-            f"run: chown root {path}",
-            key=key,
-        )
-
-
-def _check_readable(key: str, path: str) -> os.stat_result:
-    try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: cannot read {path}: {error.strerror}", key=key
-        ) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{key}: {path} is not a regular file", key=key)
-    return status

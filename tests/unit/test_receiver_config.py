@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +18,7 @@ from pveplug.dr.receiver_config import (
 )
 from pveplug.errors import ConfigError
 from pveplug.node import Node
+from pveplug.secrets import check_file
 from pveplug.units import MiB
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -175,3 +177,10 @@ def test_the_example_shows_every_key_with_its_default():
     assert shown == {key.name for key in KEYS}
     as_shipped = parse_receiver(tomllib.loads(text), Node())
     assert parse_receiver(found, Node()) == as_shipped
+
+
+def test_a_fifo_in_the_place_of_a_key_is_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "key"
+    os.mkfifo(pipe, 0o600)
+    with pytest.raises(ConfigError, match=r"tls\.key: .* is not a regular file"):
+        check_file("tls.key", str(pipe), private=True)
