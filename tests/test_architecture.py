@@ -36,7 +36,8 @@ LAYERS: Final = {
     "images": {"images"},
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {
-        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
+        *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
