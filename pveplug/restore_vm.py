@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from pveplug.config import RestoreConfig
-from pveplug.errors import JobError, NbdError, PveplugError
+from pveplug.errors import JobError, NbdError, PveplugError, RequestError
 from pveplug.events import Reporter
 from pveplug.images.chain import Chain
 from pveplug.images.manifest import Manifest
@@ -56,7 +56,9 @@ ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
 
 
 @dataclass(slots=True)
-class _Volume:
+class Volume:
+    """A disk on its way to its volume."""
+
     plan: DiskPlan
     volid: str = ""
     writer: DiskWriter | None = None
@@ -69,7 +71,7 @@ class Goal:
     manifest: Manifest
     """Of the newest backup; where it is unknown, what is known so far."""
     chain: Chain | None
-    volumes: dict[str, _Volume] = field(default_factory=dict)
+    volumes: dict[str, Volume] = field(default_factory=dict)
 
 
 class VmTarget:
@@ -152,7 +154,7 @@ class VmTarget:
             self._say.info(f"{key} is not taken over: {why}")
         for text in self._plan.warnings:
             self._say.warning(text)
-        self._goal.volumes = {p.source_key: _Volume(p) for p in self._plan.disks}
+        self._goal.volumes = {p.source_key: Volume(p) for p in self._plan.disks}
         if wanted is not None and wanted in resources:
             await self._made.hold(wanted, job)
             config = await self._api.vm_config(self._here, wanted)
@@ -188,7 +190,7 @@ class VmTarget:
             target,
             disk_sizes=self._sizes(),
         )
-        self._goal.volumes = {p.source_key: _Volume(p) for p in plans}
+        self._goal.volumes = {p.source_key: Volume(p) for p in plans}
 
     def _sizes(self) -> dict[str, int]:
         chain = self._goal.chain
@@ -293,13 +295,13 @@ class VmTarget:
             await self._drop(self._goal.volumes.pop(key))
         for key, plan in planned.items():
             if key not in self._goal.volumes:
-                self._goal.volumes[key] = _Volume(plan)
+                self._goal.volumes[key] = Volume(plan)
         if before is not None:
             self._stale = sorted(
                 (before.params.keys() | set(self._stale)) - self._plan.params.keys()
             )
 
-    async def _drop(self, volume: _Volume) -> None:
+    async def _drop(self, volume: Volume) -> None:
         """Forget a disk that the VM no longer had; its volume goes at once."""
         if volume.writer is not None:
             await volume.writer.give_up()
@@ -316,7 +318,7 @@ class VmTarget:
             volume.writer = await self._open(volume)
         return volume.writer
 
-    async def _open(self, volume: _Volume) -> DiskWriter:
+    async def _open(self, volume: Volume) -> DiskWriter:
         plan = volume.plan
         storage = self._storages[plan.storage]
         volume.volid = await self._made.allocate(
@@ -349,10 +351,10 @@ class VmTarget:
         await writer.open(address)
         return writer
 
-    def write_failed(self, key: str, error: NbdError) -> JobError:
+    def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for a write that the target storage refused."""
         storage = self._goal.volumes[key].plan.storage
-        full = error.errno == ENOSPC
+        full = isinstance(error, NbdError) and error.errno == ENOSPC
         return JobError(
             f"No space left on storage {storage}: {error}."
             if full
