@@ -53,6 +53,7 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_ir",
         "command_receiver",
         "command_repair",
         "command_replicas",
