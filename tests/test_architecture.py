@@ -41,7 +41,7 @@ LAYERS: Final = {
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm"),
+        *("source", "access", "restore_vm", "ir.target"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
@@ -54,6 +54,7 @@ LAYERS: Final = {
         "command_bitmaps",
         "command_dr",
         "command_ir",
+        "command_ir_node",
         "command_receiver",
         "command_repair",
         "command_replicas",
@@ -61,6 +62,7 @@ LAYERS: Final = {
         "backend",
         "library",
         "dr.receiver_main",
+        "ir.keeper",
     },
 }
 ADAPTERS: Final = "adapters"
