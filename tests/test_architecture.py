@@ -33,8 +33,11 @@ PACKAGE: Final = REPOSITORY / "pveplug"
 LAYERS: Final = {
     "foundation": {"extents", "errors", "units", "events", "node"},
     "proto": {"proto"},
-    "images": {"images"},
-    "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
+    "images": {"images", "proving"},
+    "policy": {
+        *("pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"),
+        "proveconfig",
+    },
     "configuration": {
         *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
         *("pluginstring",),
@@ -71,7 +74,7 @@ MAY_IMPORT: Final = {
     "foundation": {"foundation"},
     "proto": {"proto", "foundation"},
     "images": {"images", "foundation"},
-    "policy": {"policy", "foundation"},
+    "policy": {"policy", "images", "foundation"},
     "configuration": {"configuration", "policy", "foundation"},
     ADAPTERS: {ADAPTERS, "policy", "proto", "images", "foundation"},
     "chapters": {"chapters", *_BELOW},
