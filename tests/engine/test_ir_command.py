@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +29,7 @@ FILES = "".join(
 SELECTED = (
     "You have selected the following JobId: 1\n\n"
     f"cwd is: /\n$ cwd is: /@proxmox/100-1a2b3c4d/{JOB}/\n"
-    "$ 1 file marked.\n$ 1 file marked.\n$ 2 files selected to be restored.\n"
+    "$ 1 file marked.\n$ 1 file marked.\n$ \n2 files selected to be restored.\n"
 )
 PREVIEW = (
     SELECTED + "Run Restore job\nJobName:         back\n"
@@ -47,18 +50,31 @@ CHAIN = [
 ]
 
 
-def start(
-    folder: Path, *answers: tuple[str, list[str]], more: str = ""
-) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "pveplug", "ir", "start", "--vmid", "100"]
-    argv += ["--console", program(folder, [*answers, *CHAIN]), *more.split()]
-    return subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+Start = Callable[..., subprocess.Popen[str]]
 
 
-def test_a_dry_run_submits_nothing_and_shows_each_job(tmp_path: Path) -> None:
-    out, err = start(tmp_path, ("restore", [PREVIEW]), more="--dry-run").communicate()
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start the command with a bconsole of these answers; it ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*answers: tuple[str, list[str]], more: str = "") -> Any:
+            argv = [sys.executable, "-m", "pveplug", "ir", "start", "--vmid", "100"]
+            argv += ["--console", program(tmp_path, [*answers, *CHAIN]), *more.split()]
+            process = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield begin
+
+
+def test_a_dry_run_submits_nothing_and_shows_each_job(
+    tmp_path: Path, start: Start
+) -> None:
+    out, err = start(("restore", [PREVIEW]), more="--dry-run").communicate()
     assert err == ""
     assert "JobId 1) of fd" in out
     assert f"  1. {JOB} (JobId 1): 2 files" in out
@@ -68,10 +84,9 @@ def test_a_dry_run_submits_nothing_and_shows_each_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_cancels_nothing_and_says_what_goes_on(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, start: Start, number: signal.Signals
 ) -> None:
     process = start(
-        tmp_path,
         (r"restore .* yes$", [SELECTED + "Job queued. JobId=7\n"]),
         ("restore", [PREVIEW]),
         ("llist jobid=7", [RUNNING]),
@@ -106,13 +121,13 @@ def test_an_interruption_cancels_nothing_and_says_what_goes_on(
     ],
 )  # fmt: skip
 def test_what_fails_says_why_and_exits_as_the_manual_says(
-    tmp_path: Path,
+    start: Start,
     answers: list[tuple[str, list[str]]],
     more: str,
     status: int,
     why: str,
 ) -> None:
-    process = start(tmp_path, *answers, more=more)
+    process = start(*answers, more=more)
     _, err = process.communicate(timeout=60)
     assert why in err
     assert process.returncode == status
