@@ -105,11 +105,8 @@ class LandingDevice:
     def read(self, offset: int, length: int) -> Data | Awaitable[Data]:
         bits, marks = self._bits, self._marks
         first, last = offset >> bits, (offset + length - 1) >> bits
-        mark = marks[HEAD + first]
-        if first != last or mark == 0:
+        if first != last or marks[HEAD + first] != _DATA:
             return self._read(offset, length)
-        if mark == _ZERO:
-            return [Hole(length)]
         data = self._pages.now(offset, length)
         if data is not None:
             return data
@@ -134,7 +131,7 @@ class LandingDevice:
     # -- inside: reading ----------------------------------------------------------
 
     def _read(self, offset: int, length: int) -> Data | Awaitable[Data]:
-        """Read what isn't one cluster's."""
+        """Read what isn't the data of one cluster."""
         runs = list(self._landing.kinds(offset, length))
         if any(mark is Mark.OWED for _, _, mark in runs):
             # It was there, and was taken back: see Landing.checkpoint().

@@ -559,8 +559,9 @@ class Landing:
                 self._zero_out(low, start)
 
     def _zero_out(self, low: int, high: int) -> None:
-        how = _PUNCH_HOLE | _KEEP_SIZE
-        if _fallocate(self.fd, how, low, high - low) == 0:
+        # The block in which the disk ends becomes a hole if its rest is punched, too.
+        end = self.clusters << self.cluster_bits if high == self.size else high
+        if _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, low, end - low) == 0:
             return
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
