@@ -274,6 +274,8 @@ class Site:
             "state_dir": str(root / "ph/lib"),
             "runtime_dir": str(root / "ph/run"),
             "scratch_dir": str(root / "ph/scratch"),
+            "landing_dir": str(root / "ph/landing"),
+            "keeper": "child",
             "pve_host": "127.0.0.1",
             "pve_port": node.proxy.port,
             "pve_node": node.name,
