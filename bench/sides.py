@@ -7,38 +7,120 @@ It is the feature path (scan, zero test, frames), not a special one for benchmar
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import pickle
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from contextlib import aclosing
+from pathlib import Path
 
 import uvloop
 
+from bench import paths
+from bench.paths import Disk
+from pveplug.diskstream import RateLimit, scan
 from pveplug.dr.channel import Channel, ClientAuth, ServerAuth, serve
 from pveplug.dr.channel import connect as connect_channel
 from pveplug.extents import Kind
+from pveplug.images.chain import Chain, decode_objects
 from pveplug.nbd.client import UnixAddress, connect
 from pveplug.nbd.source import OrderedReader, extents, is_zero
 from pveplug.proto.dr_digest import RunDigest
 from pveplug.proto.dr_frames import Block, Bye, DiskEnd, decode
+from pveplug.restore_disk import DiskWriter
 from pveplug.units import CLUSTER
 
 
-async def read(socket: str) -> None:
-    """Read what a Full would read, with its zero test, to nowhere."""
+async def read(socket: str, *dirty: str) -> None:
+    """Read what a Full, or a job with a bitmap, would, zero test included."""
     address = UnixAddress(socket)
-    async with await connect(address, contexts=["base:allocation"]) as client:
-        runs = [
-            (extent.offset, extent.length)
-            async for extent in extents(client)
-            if extent.kind is Kind.DATA
-        ]
+    contexts = ["base:allocation", *dirty]
+    async with await connect(address, contexts=contexts) as client:
+        if dirty:
+            clusters = await scan(client, context=dirty[0], known=client.size)
+            runs = ((run.offset, run.length) for run in clusters.data_runs())
+        else:
+            runs = iter(
+                [
+                    (extent.offset, extent.length)
+                    async for extent in extents(client)
+                    if extent.kind is Kind.DATA
+                ]
+            )
         async with aclosing(OrderedReader(client).read(runs)) as slots:  # type: ignore[type-var]
             async for slot in slots:
                 for at in range(0, slot.length, CLUSTER):
                     is_zero(slot.buffer, at, min(CLUSTER, slot.length - at))
+
+
+async def backup(*disks: str) -> None:
+    """Back disks up into standard output; a disk is SOCKET or SOCKET,CONTEXT."""
+    await paths.backup([_disk(number, text) for number, text in enumerate(disks)])
+
+
+def _disk(number: int, text: str) -> Disk:
+    at, _, context = text.partition(",")
+    parent = "bench.2026-01-01_00.00.00_00" if context else None
+    return Disk(at, f"scsi{number}", context or None, parent)
+
+
+async def memory(*disks: str) -> None:
+    """Do as ``backup`` does, then tell on stderr the most memory it took, in MiB."""
+    await backup(*disks)
+    status = Path("/proc/self/status").read_text()
+    line = next(text for text in status.splitlines() if text.startswith("VmHWM:"))
+    sys.stderr.write(f"{int(line.split()[1]) / 1024:.1f}\n")
+
+
+async def disks(how: str, *sockets: str) -> None:
+    """Read disks with all that a backup does to them, ``parallel`` or ``serial``."""
+    found = [_disk(number, text) for number, text in enumerate(sockets)]
+    async with paths.opened(found) as streams:
+        if how == "serial":
+            for one in streams:
+                await paths.send(one, paths.Discard())
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                for one in streams:
+                    tasks.create_task(paths.send(one, paths.Discard()))
+
+
+async def scans(socket: str, context: str, times: str) -> None:
+    """Scan a disk some times; print the seconds of each and how many extents it has."""
+    address = UnixAddress(socket)
+    async with await connect(address, contexts=["base:allocation", context]) as client:
+        seconds = []
+        for _ in range(int(times)):
+            began = time.perf_counter()
+            await scan(client, context=context, known=client.size)
+            seconds.append(time.perf_counter() - began)
+        count = 0
+        async for _extent in extents(client, dirty=context):
+            count += 1
+    sys.stdout.write(json.dumps({"seconds": seconds, "extents": count}))
+
+
+async def restore(objects: str, socket: str) -> None:
+    """Write what comes on standard input, the images of a chain, to a volume."""
+    records, problems = decode_objects(pickle.loads(Path(objects).read_bytes()))
+    assert not problems
+    chain = Chain(records)
+    writer = DiskWriter("scsi0", chain=chain, zeroed=True, limit=RateLimit(0))
+    await writer.open(UnixAddress(socket))
+    bacula = paths.Delivery()
+    for job in chain.jobs:
+        entry = chain.disk(job, "scsi0")
+        assert entry is not None
+        size = paths.image_size(chain.record(job), entry)
+        file = await bacula.image(f"{job}/scsi0.qcow2", size)
+        await writer.receive(job, file, entry.digest_root, entry=entry)
+        await file.done()
+    await writer.finish()
+    bacula.close()
 
 
 async def dr_channel(image: str, cert: str, key: str) -> None:
@@ -112,6 +194,11 @@ def tls_plain(image: str, cert: str, key: str) -> None:
 
 SIDES = {
     "read": read,
+    "backup": backup,
+    "memory": memory,
+    "disks": disks,
+    "scans": scans,
+    "restore": restore,
     "dr-channel": dr_channel,
     "dr-sink": dr_sink,
 }
