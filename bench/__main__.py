@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.harness import Row, say, say_machine, write_json
 
-NAMES = ("read", "backup", "nbd_server", "dr", "ir")
+NAMES = ("read", "backup", "incremental", "scan", "memory", "parallel", "restore", "nbd_server", "dr", "ir")
 """Modules of this package with ``measure(*, small, rounds)``, in the rows' order."""
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -319,11 +320,11 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 
 
 @contextlib.contextmanager
-def serving(argv: Sequence[str], socket: Path) -> Iterator[int]:
+def serving(argv: Sequence[str], path: Path) -> Iterator[int]:
     """Run an NBD server until the block ends; yields its pid."""
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
-        while not socket.exists():
+        while not _listens(path):
             if process.poll() is not None:
                 raise SystemExit(f"{argv[0]} did not start")
             time.sleep(0.01)
@@ -331,6 +332,15 @@ def serving(argv: Sequence[str], socket: Path) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
+        path.unlink(missing_ok=True)
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody does; the file alone is there a moment earlier."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        return client.recv(1) != b""
+    return False
 
 
 @contextlib.contextmanager

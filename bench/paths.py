@@ -30,6 +30,7 @@ from pveplug.nbd.client import UnixAddress, connect
 from pveplug.proto import ptcomm
 from pveplug.proto.ptcomm import Packet
 from pveplug.proto.ptcomm_words import Stat, Times
+from pveplug.units import CLUSTER
 
 UUID = "1a2b3c4d-0000-0000-0000-000000000000"
 
@@ -138,28 +139,34 @@ async def backup(disks: Sequence[Disk], *, ahead: int = 2) -> list[Opened]:
 
 
 class StoredFile:
-    """A sink that keeps an image as bacula-fd gives it back: ``D`` of 64 KiB each."""
+    """A sink that keeps an image as bacula-fd gives it back: ``D`` of 64 KiB each.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+    In two files, of which the first has the image's first cluster. That holds the name
+    of the backing file, all in which two increments of the same bytes differ.
+    """
+
+    def __init__(self, opening: Path, rest: Path) -> None:
+        self._opening, self._rest = opening.open("wb"), rest.open("wb")
         self._at = 0
-        self._file.write(ptcomm.command("DATA"))
+        self._opening.write(ptcomm.command("DATA"))
 
     async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
+        file = self._opening if offset < CLUSTER else self._rest
         if offset != self._at:
-            self._file.write(ptcomm.command(f"OFFSET:{offset}"))
+            file.write(ptcomm.command(f"OFFSET:{offset}"))
         for buffer in buffers:
             view = memoryview(buffer)
-            for at in range(0, len(view), 65536):
-                piece = view[at : at + 65536]
-                self._file.write(ptcomm.header(ptcomm.Status.DATA, len(piece)))
-                self._file.write(piece)
+            for at in range(0, len(view), CLUSTER):
+                piece = view[at : at + CLUSTER]
+                file.write(ptcomm.header(ptcomm.Status.DATA, len(piece)))
+                file.write(piece)
             offset += len(view)
         self._at = offset
 
     def close(self) -> None:
-        self._file.write(ptcomm.END_OF_DATA)
-        self._file.close()
+        self._rest.write(ptcomm.END_OF_DATA)
+        self._opening.close()
+        self._rest.close()
 
 
 class Delivery:
