@@ -121,7 +121,7 @@ def run(
     argv: Sequence[str], more: Sequence[int] = (), ends: Plumbing = NOTHING
 ) -> tuple[float, float, float]:
     """Run a command; return seconds, CPU seconds and peak MiB of its process tree."""
-    before = sum(_cpu_of(pid) for pid in more)
+    before = sum(cpu_of(pid) for pid in more)
     began = time.perf_counter()
     source: Any = subprocess.DEVNULL
     target: Any = subprocess.DEVNULL
@@ -140,7 +140,7 @@ def run(
     for end in (source, target):
         if not isinstance(end, int):
             end.close()  # else a pipe never ends
-    peak = _Peak([process.pid, *more])
+    peak = Peak([process.pid, *more])
     try:
         _, status, usage = os.wait4(process.pid, 0)
         for helper in helpers:
@@ -152,7 +152,7 @@ def run(
     if process.returncode:
         raise SystemExit(f"{' '.join(argv)} ended with {process.returncode}")
     cpu = usage.ru_utime + usage.ru_stime
-    return seconds, cpu + sum(_cpu_of(pid) for pid in more) - before, peak.mib
+    return seconds, cpu + sum(cpu_of(pid) for pid in more) - before, peak.mib
 
 
 def told(argv: Sequence[str]) -> Any:
@@ -185,19 +185,25 @@ class Resident:
                 self.mib[pid] = max(self.mib.get(pid, 0.0), mib)
 
 
-class _Peak:
-    """Looks every 20 ms at the memory of processes and all below them."""
+class Peak:
+    """Looks every 20 ms at the memory of processes and all below them, until stopped.
 
-    def __init__(self, roots: list[int]) -> None:
+    Args:
+        below: only what is below them.
+    """
+
+    def __init__(self, roots: list[int], *, below: bool = False) -> None:
         self.mib = 0.0
         self._roots = roots
+        self._left_out = set(roots) if below else set[int]()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
         while not self._over.wait(0.02):
-            pages = sum(_resident(pid) for root in self._roots for pid in _tree(root))
+            pids = {pid for root in self._roots for pid in _tree(root)}
+            pages = sum(map(_resident, pids - self._left_out))
             self.mib = max(self.mib, pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def stop(self) -> None:
@@ -220,7 +226,7 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _cpu_of(pid: int) -> float:
+def cpu_of(pid: int) -> float:
     """Return the CPU seconds of a process and of those it has waited for."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -339,7 +345,9 @@ def _listens(path: Path) -> bool:
     """Whether somebody does; the file alone is there a moment earlier."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
-        return client.recv(1) != b""
+        # Whoever leaves without a word is complained of by some servers.
+        client.sendall(b"\0\0\0\3IHAVEOPT\0\0\0\2\0\0\0\0")
+        return client.recv(38, socket.MSG_WAITALL) != b""
     return False
 
 
