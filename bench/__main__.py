@@ -10,7 +10,22 @@ from pathlib import Path
 
 from bench.harness import Row, say, say_machine, write_json
 
-NAMES = ("read", "backup", "incremental", "scan", "memory", "parallel", "restore", "bacula", "startup", "growth", "nbd_server", "dr", "ir", "ir_boot")
+NAMES = (
+    "read",
+    "backup",
+    "incremental",
+    "scan",
+    "memory",
+    "parallel",
+    "restore",
+    "bacula",
+    "startup",
+    "growth",
+    "nbd_server",
+    "dr",
+    "ir",
+    "ir_boot",
+)
 """Modules of this package with ``measure(*, small, rounds)``, in the rows' order."""
 
 

@@ -145,7 +145,10 @@ async def by_jobs(small: bool, rounds: int) -> list[Row]:
         for vm in vms:
             await vm.stop()
     speeds = [
-        (float(n), round(n * size / 1e6 / statistics.median(t.seconds for t in all_), 1))
+        (
+            float(n),
+            round(n * size / 1e6 / statistics.median(t.seconds for t in all_), 1),
+        )
         for n, all_ in taken.items()
     ]
     memory = [

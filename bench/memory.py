@@ -48,7 +48,11 @@ def measure(*, small: bool, rounds: int) -> list[Row]:
         bounded("rss-disk", "memory per further disk", more, 8.0, unit=unit),
         bounded("rss-tib", "memory per TiB of disk", tib, 4.0, unit=unit),
         bounded(
-            "rss-extents", f"the same with {extents} dirty extents", dots, 4.0, unit=unit
+            "rss-extents",
+            f"the same with {extents} dirty extents",
+            dots,
+            4.0,
+            unit=unit,
         ),
     ]
 
@@ -57,9 +61,7 @@ def _peak(*disks: str) -> float:
     """Return the most MiB that a backup of these disks took."""
     argv = [sys.executable, "-m", "bench.sides", "memory", *disks]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ours:
-        drain = subprocess.Popen(
-            ["cat"], stdin=ours.stdout, stdout=subprocess.DEVNULL
-        )
+        drain = subprocess.Popen(["cat"], stdin=ours.stdout, stdout=subprocess.DEVNULL)
         assert ours.stderr is not None
         said = ours.stderr.read()
         drain.wait()

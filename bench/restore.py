@@ -91,10 +91,14 @@ def chain(base: Path, size: int, rounds: int) -> list[Row]:
     full_image(image, size)
     stored = asyncio.run(stored_chain(base, image, members=MEMBERS))
     total = sum(path.stat().st_size for path in stored.feed)
-    say(f"{size >> 20} MiB, {MEMBERS} increments of a quarter, {total >> 20} MiB to read")
+    say(
+        f"{size >> 20} MiB, {MEMBERS} increments of a quarter, {total >> 20} MiB to read"
+    )
     files = " ".join(map(str, stored.feed))
     with Volume(base / "volume.raw", size) as target:
-        floor = f"cat {files} | cat >/dev/null && nbdcopy {image} '{url(target.socket)}'"
+        floor = (
+            f"cat {files} | cat >/dev/null && nbdcopy {image} '{url(target.socket)}'"
+        )
         sides = compare(
             lambda: ours(stored, target.socket),
             lambda: ["sh", "-c", floor],

@@ -41,7 +41,11 @@ def measure(*, small: bool, rounds: int) -> list[Row]:
             unit=" ms",
         ),
         bounded(
-            "start-qmp", "backend start to its first QMP command", first, 0.25, unit=" s"
+            "start-qmp",
+            "backend start to its first QMP command",
+            first,
+            0.25,
+            unit=" s",
         ),
     ]
 
