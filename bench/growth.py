@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the time of a backup grows: with the disk, with what changed, with disks and jobs.
+"""How the time of a backup grows: with the disk, its changes, with disks and jobs.
 
-Each question varies one thing and leaves the others; its points go into the JSON and the
-plots of ``docs/performance.md``. Sizes, changes and disks are measured on the backup path
-into a discarding pipe, jobs on a real bacula-fd with VMs that run.
+Each question varies one thing and leaves the others; its points go into the JSON and
+the plots of ``docs/performance.md``. Sizes, changes and disks are measured on the
+backup path into a discarding pipe, jobs on a real bacula-fd with VMs that run.
 """
 
 from __future__ import annotations
@@ -144,17 +144,12 @@ async def by_jobs(small: bool, rounds: int) -> list[Row]:
                     taken[count].append(one)
         for vm in vms:
             await vm.stop()
-    speeds = [
-        (
-            float(n),
-            round(n * size / 1e6 / statistics.median(t.seconds for t in all_), 1),
-        )
-        for n, all_ in taken.items()
-    ]
-    memory = [
-        (float(n), round(statistics.median(t.backend_mib for t in all_), 1))
-        for n, all_ in taken.items()
-    ]
+    speeds, memory = [], []
+    for count, every in taken.items():
+        seconds = statistics.median(one.seconds for one in every)
+        speeds.append((float(count), round(count * size / 1e6 / seconds, 1)))
+        mib = statistics.median(one.backend_mib for one in every)
+        memory.append((float(count), round(mib, 1)))
     say("  ".join(f"{n:g} jobs: {mb_s:.0f} MB/s" for n, mb_s in speeds))
     say("  ".join(f"{n:g} jobs: {mib:.0f} MiB" for n, mib in memory))
     kept = min(mb_s for _, mb_s in speeds) / speeds[0][1]

@@ -6,8 +6,8 @@ what is compared is the median. Of each side's whole process tree the CPU time a
 peak of resident memory are taken, and the spread is shown: where it is wide, the
 machine was busy and the number says little.
 
-What feeds a side's standard input or drains its standard output is the same ``cat`` for
-both and is not counted as part of either; its time is, for the pipe is what is measured.
+What feeds a side's standard input or drains its standard output is the same ``cat``
+for both and not counted as part of either; its time is: the pipe is what is measured.
 """
 
 from __future__ import annotations
@@ -293,14 +293,19 @@ def cpu_row(row: str, name: str, size: int, side: Side, at_most: float) -> Row:
     return bounded(row, name, cpu, at_most, cpu_s_per_gib=cpu, unit=" s/GiB")
 
 
+_said: list[str] = []
+
+
 def say(text: str) -> None:
+    """Print a line, and keep it for what accompanies the JSON."""
+    _said.append(text)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def say_machine() -> None:
     """Print what the numbers were measured on."""
-    say(f"$ {' '.join(sys.argv)}")
+    say(f"$ ./dev bench {' '.join(sys.argv[1:])}")
     say(
         f"{platform.platform()}, {os.cpu_count()} CPUs, Python "
         f"{platform.python_version()}"
@@ -317,12 +322,16 @@ def say_machine() -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows as a list of objects, without the bounds they don't have."""
+    """Write the rows as a list of objects, without the bounds they don't have.
+
+    What was said, the machine and the spreads among it, goes beside it as text.
+    """
     values: list[dict[str, Any]] = [
         {key: value for key, value in asdict(row).items() if value is not None}
         for row in rows
     ]
     path.write_text(json.dumps(values, indent=1) + "\n")
+    path.with_suffix(".txt").write_text("\n".join(_said) + "\n")
 
 
 @contextlib.contextmanager

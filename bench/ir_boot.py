@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ir_boot``: from the restore's start to the guest's marker, beside restore plus boot.
+"""``ir_boot``: from a restore's start to the guest's marker, beside restore plus boot.
 
 A guest with a data disk without holes, whose restore is held at 50 MiB/s by
 ``restore_bwlimit``. Full: one restore job with ``mode=instant``. Chain (Full and two
-Incrementals): ``pveplug ir start``. Both beside a restore of the same jobs to an ordinary
-VM that is started when it is whole. The guest runs under emulation where there is no KVM,
-and its boot alone then takes many seconds on both sides.
+Incrementals): ``pveplug ir start``. Both beside a restore of the same jobs to an
+ordinary VM that is started when it is whole. The guest runs under emulation where there
+is no KVM, and its boot alone then takes many seconds on both sides.
 """
 
 from __future__ import annotations
@@ -155,9 +155,7 @@ async def _discarded(world: World, vmid: int) -> None:
     """Remove a recovered VM, also where all has arrived and its disks have moved."""
     process = await _pveplug(world, "ir", "discard", "--vmid", str(vmid), "--yes")
     if await process.wait() and world.site.find(vmid):
-        say(
-            "the recovery was over before the guest was up: nothing was to be owed then"
-        )
+        say("the recovery was over before the guest was up")
         await world.site.vm(vmid).stop()
         await _destroyed(world, vmid)
 

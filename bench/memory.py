@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a backup takes: for a disk, a further disk, a TiB, a million extents.
+"""How much memory a backup takes: for a disk, one more, a TiB, a million extents.
 
-It is the peak of the process (``VmHWM``) that puts disks into a discarding pipe as a job
-does: all of them are open and scanned, the next one is read ahead.
+It is the peak of the process (``VmHWM``) that puts disks into a discarding pipe as a
+job does: all of them are open and scanned, the next one is read ahead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 from bench.harness import Row, bounded, full_image, say, workspace
 from bench.images import CONTEXT, exported, speckled_image, tracked_image

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row 10: two disks at the same time beside one after the other, in one process.
 
-Plain, and where each request to the source takes 2 ms longer (nbdkit's delay filter), as
-a network storage's does.
+Plain, and where each request to the source takes 2 ms longer (nbdkit's delay filter),
+as a network storage's does.
 """
 
 from __future__ import annotations

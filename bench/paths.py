@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product's data paths, put together as its engines do, without PVE around them.
 
-Backup: scan, read, zero test, both digests, qcow2 layout, PTCOMM frames. Restore: PTCOMM
-packets, qcow2, digests, owners of a chain, zero test, NBD. With every feature that is on
-by default; what the engines add is the snapshot before and the papers after.
+Backup: scan, read, zero test, both digests, qcow2 layout, PTCOMM frames. Restore:
+PTCOMM packets, qcow2, digests, owners of a chain, zero test, NBD. With every feature
+that is on by default; what the engines add is the snapshot before and the papers after.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows 6 and 7: a restore into a fresh raw volume, of a Full and of a long chain.
 
-Row 6 is a Full in PTCOMM packets of 64 KiB, as bacula-fd gives it back, beside nbdcopy of
-the same disk, both into the same qemu-nbd, which is started as the product starts it.
+Row 6 is a Full in PTCOMM packets of 64 KiB, as bacula-fd gives it back, beside nbdcopy
+of the same disk, both into the same qemu-nbd, started as the product starts it.
 
 Row 7 is a chain of a Full and 30 increments of 4 GiB that rewrite the same 1 GiB. Bytes
 written are those of qemu-nbd's own write calls, as the kernel counts them; the time is
@@ -91,9 +91,7 @@ def chain(base: Path, size: int, rounds: int) -> list[Row]:
     full_image(image, size)
     stored = asyncio.run(stored_chain(base, image, members=MEMBERS))
     total = sum(path.stat().st_size for path in stored.feed)
-    say(
-        f"{size >> 20} MiB, {MEMBERS} increments of a quarter, {total >> 20} MiB to read"
-    )
+    say(f"{size >> 20} MiB, {MEMBERS} increments of a quarter: {total >> 20} MiB")
     files = " ".join(map(str, stored.feed))
     with Volume(base / "volume.raw", size) as target:
         floor = (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting: ``import pveplug``, and a job's backend up to its first QMP command.
 
-The latter contains what lies between: bacula-fd's greeting, the node's configuration, and
-a few calls of the API of a simulated PVE, which answers about as fast as a real one.
+The latter contains what lies between: bacula-fd's greeting, the node's configuration,
+and some calls of a simulated PVE's API, which is about as fast as a real one.
 """
 
 from __future__ import annotations
