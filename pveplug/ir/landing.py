@@ -30,7 +30,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
@@ -336,18 +336,25 @@ class Landing:
 
         Returns: how many bytes weren't there before.
         """
-        first, last = self._whole(offset, length)
+        return self.zero_all([(offset, length)])
+
+    def zero_all(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Do :meth:`zero` for many (offset, length) at the cost of one."""
+        wanted = [self._whole(offset, length) for offset, length in ranges]
         fresh = 0
         with self._marking():
-            for start in range(HEAD + first, HEAD + last, WINDOW):
-                stop = min(start + WINDOW, HEAD + last)
-                before = self.marks[start:stop]
-                if owed := before.count(0):
-                    fresh += owed
-                    self.marks[start:stop] = before.translate(_ZEROED)
+            for first, last in wanted:
+                for start in range(HEAD + first, HEAD + last, WINDOW):
+                    stop = min(start + WINDOW, HEAD + last)
+                    before = self.marks[start:stop]
+                    if owed := before.count(0):
+                        fresh += owed << self.cluster_bits
+                        if stop == HEAD + self.clusters and not before[-1]:
+                            fresh -= (self.clusters << self.cluster_bits) - self.size
+                        self.marks[start:stop] = before.translate(_ZEROED)
         if fresh:
             self._ring()
-        return min(fresh << self.cluster_bits, length)
+        return fresh
 
     def put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write any bytes of what is owed, without marking; the rest is left alone."""
