@@ -85,29 +85,24 @@ class LandingError(RequestError):
 class Files:
     """Where the parts of a landing are."""
 
+    key: str
     folder: Path
     live_folder: Path
-    key: str
+    data: Path
+    map: Path
+    live: Path
+    bell: Path
+    lock: Path
 
-    @property
-    def data(self) -> Path:
-        return self.folder / f"{self.key}.data"
-
-    @property
-    def map(self) -> Path:
-        return self.folder / f"{self.key}.map"
-
-    @property
-    def live(self) -> Path:
-        return self.live_folder / f"{self.key}.live"
-
-    @property
-    def bell(self) -> Path:
-        return self.live_folder / f"{self.key}.bell"
-
-    @property
-    def lock(self) -> Path:
-        return self.live_folder / f"{self.key}.lock"
+    @classmethod
+    def of(cls, folder: Path, live_folder: Path, key: str) -> Files:
+        if not _KEY.fullmatch(key):
+            raise LocalProtocolError(f"{key!r} can't name a landing")
+        return cls(
+            *(key, folder, live_folder),
+            *(folder / f"{key}.data", folder / f"{key}.map"),
+            *(live_folder / f"{key}.{part}" for part in ("live", "bell", "lock")),
+        )
 
 
 class Landing:
@@ -165,7 +160,7 @@ class Landing:
         Raises:
             IntegrityError: there is one of this name.
         """
-        files = _files(folder, live_folder, key)
+        files = Files.of(folder, live_folder, key)
         if not (size > 0 and MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS):
             text = f"a landing of {size} bytes in clusters of 2^{cluster_bits}"
             raise LocalProtocolError(text)
@@ -198,7 +193,7 @@ class Landing:
         Raises:
             IntegrityError: there is none, or a file of it is damaged or foreign.
         """
-        files = _files(folder, live_folder, key)
+        files = Files.of(folder, live_folder, key)
         if not files.map.exists():
             raise IntegrityError(
                 f"{folder} has no landing of {key}. Remedy: start the recovery anew"
@@ -209,7 +204,7 @@ class Landing:
     @staticmethod
     def exists(folder: Path, key: str) -> bool:
         """Whether :meth:`open` would find one."""
-        return _files(folder, folder, key).map.exists()
+        return Files.of(folder, folder, key).map.exists()
 
     @classmethod
     def _opened(cls, files: Files, locks: Locks) -> Self:
@@ -614,12 +609,6 @@ class Landing:
         with self._thread, self._locks.held(Place.MARKS):
             self.marks[HEAD:] = marks
         self._synced = b""
-
-
-def _files(folder: Path, live_folder: Path, key: str) -> Files:
-    if not _KEY.fullmatch(key):
-        raise LocalProtocolError(f"{key!r} can't name a landing")
-    return Files(folder, live_folder, key)
 
 
 @contextlib.contextmanager
