@@ -39,11 +39,12 @@ LAYERS: Final = {
         "proveconfig",
     },
     "configuration": {
-        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
+        *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm"),
+        *("source", "access", "restore_vm", "ir.target", "ir.prove_target"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
@@ -55,6 +56,8 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_ir",
+        "command_ir_node",
         "command_receiver",
         "command_repair",
         "command_replicas",
@@ -62,6 +65,7 @@ LAYERS: Final = {
         "backend",
         "library",
         "dr.receiver_main",
+        "ir.keeper",
     },
 }
 ADAPTERS: Final = "adapters"
