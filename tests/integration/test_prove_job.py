@@ -140,8 +140,10 @@ async def test_a_proof_is_a_bacula_job_of_one_line(
     await broken_vm(world)
     console = world.base / "b/etc/bconsole.conf"
     options = WATCHED.replace(",", " ")
+    # A storage of its own: what the restore reads must not wait for what this writes.
     await world.add_job(
-        "prove", f"mode=prove vmid=100 {options} prove_console={console}"
+        *("prove", f"mode=prove vmid=100 {options} prove_console={console}"),
+        storage=2,
     )
     job = await world.run("prove")
     assert job.termination == "Backup OK", job.text
@@ -153,7 +155,8 @@ async def test_a_proof_is_a_bacula_job_of_one_line(
     ]
     assert "/@proxmox-proofs/100-" in name
     await world.add_job(
-        "prove-both", f"mode=prove vmid=200,100 {options} prove_console={console}"
+        *("prove-both", f"mode=prove vmid=200,100 {options} prove_console={console}"),
+        storage=2,
     )
     job = await world.run("prove-both")
     assert job.termination == "Backup Error", job.text
