@@ -28,6 +28,8 @@ _ROUTINE: Final = re.compile(
 )
 """What is taken out without a word."""
 _MIN_MEMORY: Final = 16
+_CIRRUS: Final = ("wxp", "w2k", "w2k3")
+"""Guests whose display is another one unless their configuration names it."""
 _VGA_WITHOUT_PICTURE: Final = re.compile(r"none|serial\d")
 
 
@@ -90,6 +92,8 @@ def config_for_proof(
     # A screen is looked at whatever the evidence is: it is in the report.
     if _VGA_WITHOUT_PICTURE.fullmatch(values.get("vga", "").partition(",")[0]):
         dropped.append(("vga", f"{values['vga']} has no picture: std instead"))
+        values["vga"] = "std"
+    elif "vga" not in values and values.get("ostype") not in _CIRRUS:
         values["vga"] = "std"
     if freeze:
         values["freeze"] = "1"

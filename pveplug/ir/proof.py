@@ -118,7 +118,7 @@ class _Watch:
             self._judge.time_is_up()
         seconds = self._now
         if not self._decided_by_look:
-            with contextlib.suppress(PveplugError, TimeoutError):
+            with contextlib.suppress(Exception):
                 async with asyncio.timeout(LAST_LOOK_S):
                     await self._look_once()  # the picture of the end
         outcome, reason = self._judge.decision or _undecided()
@@ -224,8 +224,9 @@ class _Watch:
                     self._judge.vm_ended()
             except TimeoutError:
                 self._note("a look at the VM's monitor took too long and was given up")
-            except PveplugError as error:
-                self._note(f"a look at the VM's monitor failed: {error}")
+            except Exception as error:
+                # qemu.qmp lets through what hostile bytes give: UnicodeDecodeError.
+                self._note(f"a look at the VM's monitor failed: {error}"[:300])
             else:
                 if look.status in ENDED:
                     await asyncio.sleep(DRAIN_S)

@@ -29,7 +29,10 @@ PATIENT = 60.0
 
 
 @pytest.fixture
-async def vm(short_tmp: Path) -> AsyncIterator[WatchedVm]:
+async def vm(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[WatchedVm]:
+    monkeypatch.setattr("pveplug.ir.proof.PING_S", 0.3)
     async with WatchedVm(short_tmp) as made:
         yield made
     left = [t for t in asyncio.all_tasks() if t.get_name().startswith("prove")]

@@ -82,6 +82,14 @@ def test_it_can_be_watched() -> None:
         assert "vga" in dict(changed.dropped)
 
 
+def test_a_vm_has_the_display_it_had() -> None:
+    assert config_for_proof({}).values["vga"] == "std"
+    assert "vga" not in config_for_proof({"ostype": "wxp"}).values
+    assert config_for_proof({"vga": "virtio,memory=32"}).values["vga"] == (
+        "virtio,memory=32"
+    )
+
+
 def test_a_host_s_serial_port_becomes_a_socket() -> None:
     made = config_for_proof({**ORIGINAL, "serial0": "/dev/ttyUSB0"}).values
     assert made["serial0"] == "socket"
