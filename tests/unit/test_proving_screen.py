@@ -168,6 +168,7 @@ def test_a_line_that_fills_the_screen_goes_on_in_the_next() -> None:
         "Booting from Hard Disk...",
         "Loading initial ramdisk ...",
         "Physical KASLR disabled: no suitable memory region!",
+        "Begin: Waiting for root file system ...",
         "Guest has not initialized the display (yet).",
     ],
 )
