@@ -14,7 +14,7 @@ from typing import Final
 
 from pveplug.errors import ConfigError
 from pveplug.proving.verdict import Evidence, Wanted
-from pveplug.vmconfig import drives, parse_bool, properties, render_properties
+from pveplug.vmconfig import drives, has_agent, properties, render_properties
 
 _DROPPED: Final = re.compile(
     r"net\d+|ipconfig\d+|hostpci\d+|usb\d+|parallel\d+|virtiofs\d+|unused\d+"
@@ -133,14 +133,6 @@ def _cap_memory(values: dict[str, str], most: int) -> None:
     if hotplug is not None:
         kept = [part for part in hotplug.split(",") if part != "memory"]
         values["hotplug"] = ",".join(kept) or "0"
-
-
-def has_agent(config: Mapping[str, str]) -> bool:
-    """Whether the VM's configuration says that a guest agent answers."""
-    try:
-        return parse_bool(properties(config.get("agent", "0"), "enabled")["enabled"])
-    except (ConfigError, KeyError):
-        return False
 
 
 def wanted_for(
