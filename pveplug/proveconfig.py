@@ -109,7 +109,8 @@ def _without_nics_in_boot_order(values: dict[str, str]) -> None:
     parts = properties(text, "legacy") if text else {}
     if "order" not in parts:
         return
-    kept = [d for d in parts["order"].split(";") if d and d in values]
+    # By their kind: the disks may be attached later, as in a restore.
+    kept = [d for d in parts["order"].split(";") if d and not _DROPPED.fullmatch(d)]
     if kept:
         values["boot"] = render_properties({**parts, "order": ";".join(kept)}, "legacy")
     else:

@@ -111,6 +111,8 @@ def test_memory_is_capped_with_all_that_depends_on_it() -> None:
 
 def test_a_boot_order_of_nics_alone_goes() -> None:
     assert "boot" not in config_for_proof({"boot": "order=net0", "net0": "x"}).values
+    later = config_for_proof({"boot": "order=net0;scsi0;usb1", "net0": "x"}).values
+    assert later["boot"] == "order=scsi0", "a disk that is attached later stays"
     assert config_for_proof({"boot": "cdn"}).values["boot"] == "cdn"
 
 
