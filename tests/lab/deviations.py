@@ -9,6 +9,8 @@ KVM, CPU of the configuration   TCG with ``qemu64``/``max``: must run anywhere
 ``ID.qmp``, ``ID.qga``          QEMU listens at ``….real``, the lab's relay before it
 tap network                     ``-netdev user,restrict=on``: no bridges are made
 VNC, VGA, USB, boot splash      none: less memory, quicker boot
+``reboot-timeout=1000``         10 s: a VM without a system resets itself all the time,
+                                and its firmware, under TCG, would take a tenth of a CPU
 ``aio=io_uring``/``native``     ``threads``: io_uring is often forbidden in containers
 ``host_device`` (thick LVM)     ``file``: the volume is a file behind a symbolic link
 ``cache=none`` where the file   buffered
@@ -108,7 +110,7 @@ def _changed(option: str, value: str, bench: Bench) -> str | None:
         case "-chardev":
             return re.sub(r"(path=\S+?\.(?:qmp|qga))(?=,)", r"\1.real", value)
         case "-boot":
-            return "strict=on,reboot-timeout=1000"
+            return "strict=on,reboot-timeout=10000"
         case "-cpu":
             return "qemu64" if value in ("qemu64", "kvm64") else "max"
         case "-netdev":
