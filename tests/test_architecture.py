@@ -33,14 +33,18 @@ PACKAGE: Final = REPOSITORY / "pveplug"
 LAYERS: Final = {
     "foundation": {"extents", "errors", "units", "events", "node"},
     "proto": {"proto"},
-    "images": {"images"},
-    "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
+    "images": {"images", "proving"},
+    "policy": {
+        *("pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"),
+        "proveconfig",
+    },
     "configuration": {
-        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
+        *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm"),
+        *("source", "access", "restore_vm", "ir.target"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
@@ -52,6 +56,8 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_ir",
+        "command_ir_node",
         "command_receiver",
         "command_repair",
         "command_replicas",
@@ -59,6 +65,7 @@ LAYERS: Final = {
         "backend",
         "library",
         "dr.receiver_main",
+        "ir.keeper",
     },
 }
 ADAPTERS: Final = "adapters"
@@ -67,7 +74,7 @@ MAY_IMPORT: Final = {
     "foundation": {"foundation"},
     "proto": {"proto", "foundation"},
     "images": {"images", "foundation"},
-    "policy": {"policy", "foundation"},
+    "policy": {"policy", "images", "foundation"},
     "configuration": {"configuration", "policy", "foundation"},
     ADAPTERS: {ADAPTERS, "policy", "proto", "images", "foundation"},
     "chapters": {"chapters", *_BELOW},
