@@ -284,6 +284,7 @@ async def test_write_errors_of_a_real_server_never_commit(tmp_path, what):
                 await sink.finish()
 
 
+@pytest.mark.alone
 async def test_slow_requests_overtake_each_other_and_still_come_in_order(tmp_path):
     options = ["--filter=delay", "pattern", "8M", "delay-read=30ms"]
     with nbdkit(tmp_path, *options) as path:

@@ -33,7 +33,7 @@ Make = Callable[..., None]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Write modules: ``make(test_a="def test_it(): log('a')")``."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = alone\n")
 
     def write(**modules: str) -> None:
         for name, text in modules.items():
@@ -130,7 +130,8 @@ async def test_what_is_alone_runs_when_all_else_has_ended(
     make(
         test_a="import pytest\npytestmark = pytest.mark.alone\n"
         "def test_it(): log('alone')",
-        test_b="def test_it(): time.sleep(0.5); log('b')",
+        test_b="import pytest\n@pytest.mark.alone\ndef test_it(): log('alone')\n"
+        "def test_other(): time.sleep(0.5); log('b')",
         test_c="def test_it(): time.sleep(0.2); log('c')",
         test_d="import pytest\npytestmark = pytest.mark.alone\n"
         "def test_it(): log('alone')",
@@ -140,7 +141,7 @@ async def test_what_is_alone_runs_when_all_else_has_ended(
         assert status == 0, said
         words = [word for word, _ in lanes.logged()]
     assert sorted(words[:2]) == ["b", "c"]
-    assert words[2:] == ["alone", "alone"]
+    assert words[2:] == ["alone"] * 3
 
 
 async def test_a_failure_in_any_lane_fails_all_and_is_remembered(

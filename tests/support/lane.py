@@ -5,7 +5,7 @@
 --lane=DIRECTORY:COUNT``. Each collects all tests; who creates a module's file in the
 directory runs it, whole. What takes long comes first, so that they end together.
 
-A module marked ``alone`` asserts on time so short that a busy neighbour could fail it:
+A test marked ``alone`` asserts on times so short that a busy neighbour could fail it:
 these come last, in whichever process ends last, when the others have nothing to do.
 """
 
@@ -34,7 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "alone: no other module runs beside this one")
     # Whoever kills the parent wants no orphans that go on testing.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -48,7 +47,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if session.testsfailed and not config.option.continue_on_collection_errors:
         return None  # it says so and ends
     directory, _, count = lane.rpartition(":")
-    for items in taken(modules(session.items), Path(directory), int(count)):
+    for items in taken(session.items, Path(directory), int(count)):
         # Not the next module's first item: that one isn't taken before this one ends.
         for item, following in itertools.zip_longest(items, items[1:]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -57,6 +56,18 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
             if session.shouldstop:
                 raise session.Interrupted(session.shouldstop)
     return True
+
+
+def taken(
+    items: list[pytest.Item], directory: Path, count: int
+) -> Iterator[list[pytest.Item]]:
+    """Yield the modules that are this process's to run, each taken when asked for."""
+    alone = [item for item in items if item.get_closest_marker("alone")]
+    for module in modules([item for item in items if item not in alone]):
+        if _take(directory, module):
+            yield module
+    if _is_last(directory, count):
+        yield from modules(alone)
 
 
 def modules(items: list[pytest.Item]) -> list[list[pytest.Item]]:
@@ -74,20 +85,8 @@ def _rank(name: str) -> int:
     return len(FIRST)
 
 
-def taken(
-    units: list[list[pytest.Item]], directory: Path, count: int
-) -> Iterator[list[pytest.Item]]:
-    """Yield the modules that are this process's to run, each taken when asked for."""
-    alone = [items for items in units if items[0].get_closest_marker("alone")]
-    for items in units:
-        if items not in alone and _take(directory, items):
-            yield items
-    if _is_last(directory, count):
-        yield from alone
-
-
-def _take(directory: Path, items: list[pytest.Item]) -> bool:
-    name = items[0].nodeid.partition("::")[0].replace("/", "%")
+def _take(directory: Path, module: list[pytest.Item]) -> bool:
+    name = module[0].nodeid.partition("::")[0].replace("/", "%")
     try:
         os.close(os.open(directory / name, os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
