@@ -244,6 +244,7 @@ async def test_nbdkit_data_reads_what_it_was_told(tmp_path):
             assert tiles(told, client.size)
 
 
+@pytest.mark.alone
 async def test_a_disk_of_8_tib_is_scanned_in_windows(tmp_path):
     size = 8 << 40
     with nbdkit(tmp_path, "memory", str(size)) as path:
