@@ -83,13 +83,17 @@ def ir_rows() -> Iterator[Parameter]:
     )
     yield row(
         "prove_evidence",
-        v.choice("auto", "agent", "serial", "screen", "any"),
+        v.matching(
+            "evidence",
+            r"auto|any|(agent|serial|screen)(\+(agent|serial|screen))*",
+            "auto, any, or agent, serial and screen with + between",
+        ),
         "auto",
         "what proves that a backup boots (mode=prove)",
         detail="agent: the guest agent answers. serial: prove_serial appears on the "
         "serial console. screen: the screen shows something steady that is no failure "
-        "of the firmware. any: the first of them. auto: agent where the VM has one, "
-        "else serial where prove_serial is given, else screen.",
+        "of the firmware. agent+serial: both. any: the first that comes. auto: agent "
+        "where the VM has one, else serial where prove_serial is given, else screen.",
     )
     yield row(
         "prove_serial",

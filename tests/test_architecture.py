@@ -44,7 +44,7 @@ LAYERS: Final = {
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm", "ir.target"),
+        *("source", "access", "restore_vm", "ir.target", "ir.prove_target"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {

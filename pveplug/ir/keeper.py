@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import signal
@@ -62,6 +63,33 @@ LINKS_S: Final = 60.0
 """How long QEMU may keep a connection to a disk that has moved away."""
 
 
+class _Served(LandingDevice):
+    """A device that can be made to give up: its VM is about to be removed."""
+
+    def __init__(self, landing: Landing) -> None:
+        super().__init__(landing)
+        self._released = False
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def ready(self, offset: int, length: int) -> asyncio.Future[None] | None:
+        future = super().ready(offset, length)
+        if future is None:
+            return None
+        if self._released:
+            future.cancel()
+            raise OSError(errno.EIO, "the recovery is being given up")
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    def release(self) -> None:
+        """Fail what waits for data that will not come, so that QEMU can end."""
+        self._released = True
+        for future in list(self._waiting):
+            if not future.done():
+                future.set_exception(OSError(errno.EIO, "given up"))
+
+
 class Keeper:
     """Looks after one recovery from the first cluster to the last move."""
 
@@ -71,6 +99,7 @@ class Keeper:
         self._record = record
         self._local = PveLocal(node)
         self._landings: dict[str, Landing] = {}
+        self._devices: dict[str, _Served] = {}
         self._server: NbdServer | None = None
         self._migration: asyncio.Task[None] | None = None
         self._migrate = record.auto_migrate and not record.prove
@@ -93,7 +122,7 @@ class Keeper:
             PveplugError: the landing store can't be read, or not be listened on.
         """
         async with contextlib.AsyncExitStack() as stack:
-            devices: dict[str, LandingDevice] = {}
+            devices = self._devices
             for disk in self._record.disks:
                 landing = Landing.open(
                     self._recovery.folder, self._recovery.runtime, disk.source
@@ -101,7 +130,7 @@ class Keeper:
                 stack.callback(landing.close)
                 self._landings[disk.source] = landing
                 if disk.overlay:
-                    devices[disk.source] = stack.enter_context(LandingDevice(landing))
+                    devices[disk.source] = stack.enter_context(_Served(landing))
             self._server = await stack.enter_async_context(
                 serve(devices, self._address())
             )
@@ -153,6 +182,9 @@ class Keeper:
             case "migrate":
                 self._migrate = True
                 self._trouble = ""
+            case "release":
+                for device in self._devices.values():
+                    device.release()
             case "retire":
                 # The VM is gone, or being removed: nothing to serve any more.
                 self._over.set()

@@ -328,7 +328,7 @@ class Landing:
                 fresh += high - low
                 self._land(start, stop, view[low:high])
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return fresh
 
     def zero(self, offset: int, length: int) -> int:
@@ -346,7 +346,7 @@ class Landing:
                     fresh += owed
                     self.marks[start:stop] = before.translate(_ZEROED)
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return min(fresh << self.cluster_bits, length)
 
     def put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -378,7 +378,7 @@ class Landing:
                     self.marks[at : at + count] = bytes([mark]) * count
                 fresh += min(stop << bits, self.size) - (start << bits)
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return fresh
 
     def adopt(self, offset: int, length: int) -> int:
@@ -398,7 +398,7 @@ class Landing:
                     self.marks[HEAD + number] = Mark.ZERO if zero else Mark.DATA
                     fresh += size
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return fresh
 
     def clear_owed(self) -> None:
@@ -416,8 +416,7 @@ class Landing:
                 text = f"landing {self.files.data} is being served and can't be reset"
                 raise LocalProtocolError(text)
             nothing = bytes(self.clusters)
-            with _translated(self.files.map):
-                write_durable(self.files.map, self._header, nothing)
+            write_durable(self.files.map, self._header, nothing)
             self._synced = b""
             self.marks[HEAD:] = nothing
             self._punch(0, self.size)
@@ -434,18 +433,20 @@ class Landing:
         with self._durable():
             # Each mark in this copy was made after its bytes were written.
             marks = self.marks[HEAD:]
-            with _translated(self.files.map):
-                check_marks_of(marks, self)
-                digest = blake3(marks).digest()
-                if digest == self._synced:
-                    return False
-                try:
-                    os.fdatasync(self.fd)
-                except OSError:
-                    self._take_back()
-                    raise
-                write_durable(self.files.map, self._header, marks)
-                self._synced = digest
+            try:
+                check_marks(marks)
+            except ValueError:
+                raise self._spoilt() from None
+            digest = blake3(marks).digest()
+            if digest == self._synced:
+                return False
+            try:
+                os.fdatasync(self.fd)
+            except OSError:
+                self._take_back()
+                raise
+            write_durable(self.files.map, self._header, marks)
+            self._synced = digest
         return True
 
     # -- for feeders ------------------------------------------------------------
@@ -501,6 +502,10 @@ class Landing:
         with _translated(self.files.map), self._syncing:
             with self._locks.held(Place.DURABLE):
                 yield
+
+    def _ring(self) -> None:
+        with _translated(self.files.bell), self._thread:
+            self._ringer.ring()
 
     def is_live(self) -> bool:
         """Whether the map we have is still the one others find."""
@@ -559,8 +564,9 @@ class Landing:
                 self._zero_out(low, start)
 
     def _zero_out(self, low: int, high: int) -> None:
-        how = _PUNCH_HOLE | _KEEP_SIZE
-        if _fallocate(self.fd, how, low, high - low) == 0:
+        # The block in which the disk ends becomes a hole if its rest is punched, too.
+        end = self.clusters << self.cluster_bits if high == self.size else high
+        if _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, low, end - low) == 0:
             return
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
@@ -601,14 +607,6 @@ class Landing:
         with self._thread, self._locks.held(Place.MARKS):
             self.marks[HEAD:] = marks
         self._synced = b""
-
-
-def check_marks_of(marks: bytes, landing: Landing) -> None:
-    """Raise IntegrityError where a live map was spoilt by somebody."""
-    try:
-        check_marks(marks)
-    except ValueError:
-        raise landing._spoilt() from None
 
 
 def _files(folder: Path, live_folder: Path, key: str) -> Files:

@@ -35,6 +35,8 @@ FIRST_OF_HEAD: Final = (
 )
 """What goes with the firmware, where a job has it: to tell the head by."""
 
+_BACULA_S_OWN: Final = "Connected to Storage "
+"""A file daemon of 15.0 says that itself, in every job."""
 LOOKS: Final = 15
 """A line of progress for so many looks at a job: every half minute."""
 
@@ -313,7 +315,7 @@ class _Watch:
         said = line.partition(": ")[2] if line.startswith(client) else ""
         if "Fatal error:" in line or " Error:" in line:
             self._errors.append(" ".join((said or line).split()))
-        if said:
+        if said and not said.startswith(_BACULA_S_OWN):
             self._say(f"{self._which}: {said}")
 
 
