@@ -196,6 +196,17 @@ def one_line(text: str, limit: int = MAX_NAME) -> str:
     return " ".join(plain.split())[:limit]
 
 
+def plain(text: str, limit: int = MAX_NAME) -> str:
+    """Return text without control characters, each shown as one that can't be."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit])
+
+
+def lines(text: str, limit: int = MAX_TEXT) -> str:
+    """Return an operator's text: lines and tabs are kept, else as :func:`plain`."""
+    text = text[:limit].replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def bounded(notes: Iterable[str]) -> tuple[str, ...]:
     """Bound a list of notes, each once and a line."""
     whole = list(dict.fromkeys(one_line(note, 400) for note in notes))

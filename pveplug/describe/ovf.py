@@ -31,9 +31,7 @@ from pveplug.describe.guest import (
     MAX_CPUS,
     MAX_DISKS,
     MAX_MEMORY_MIB,
-    MAX_NAME,
     MAX_NICS,
-    MAX_TEXT,
     Bus,
     Firmware,
     GuestCdrom,
@@ -41,8 +39,10 @@ from pveplug.describe.guest import (
     GuestDisk,
     GuestNic,
     bounded,
+    lines,
     mac_address,
     one_line,
+    plain,
     reported,
 )
 from pveplug.describe.safexml import Element
@@ -268,7 +268,7 @@ class _Ovf:
         for section in self.root.children:
             if _kind(section) == "References":
                 for file in section.all("File"):
-                    files[file.get("id")] = file.get("href")[:MAX_NAME]
+                    files[file.get("id")] = plain(file.get("href"))
         for section in self.root.children:
             if _kind(section) != "DiskSection":
                 continue
@@ -502,11 +502,13 @@ class _Ovf:
         return names[0] if names else ""
 
     def annotation(self, vm: Element) -> str:
-        return "\n".join(
-            section.said("Annotation")
-            for section in vm.children
-            if _kind(section) == "AnnotationSection"
-        )[:MAX_TEXT]
+        return lines(
+            "\n".join(
+                section.said("Annotation")
+                for section in vm.children
+                if _kind(section) == "AnnotationSection"
+            )
+        )
 
     def others(self, items: list[Element]) -> None:
         for item in items:

@@ -178,7 +178,7 @@ class _Plan:
         found = self.facts[boot.key].boot if boot else None
         firmware, why = self.firmware(found)
         system = self.system(found)
-        bus, scsihw = self.bus(system, boot)
+        bus, scsihw = self.bus(system, boot, firmware)
         places = self.places(disks, boot, bus)
         plans = tuple(self.disk(d, places[d.key], scsihw) for d in disks)
         self.processors()
@@ -306,7 +306,9 @@ class _Plan:
             )
         return there
 
-    def bus(self, system: System, boot: GuestDisk | None) -> tuple[str, str]:
+    def bus(
+        self, system: System, boot: GuestDisk | None, firmware: Firmware
+    ) -> tuple[str, str]:
         """Return the bus the boot disk is surely found on, and ``scsihw``.
 
         A guest starts what it has started from before. Windows, too, switches drivers
@@ -320,8 +322,8 @@ class _Plan:
         if boot is None:
             return ("ide" if system.storage is Storage.IDE else "sata"), single
         kept = system.storage is Storage.KEPT
-        if kept and boot.model == "pvscsi":
-            return "scsi", "pvscsi"
+        if kept and boot.model == "pvscsi" and firmware is Firmware.BIOS:
+            return "scsi", "pvscsi"  # SeaBIOS starts from it, OVMF has no driver
         if boot.bus in (Bus.SATA, Bus.IDE):
             return boot.bus.value, single
         if system.storage is Storage.IDE:

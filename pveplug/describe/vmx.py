@@ -20,9 +20,7 @@ from typing import Final
 from pveplug.describe.guest import (
     MAX_CPUS,
     MAX_MEMORY_MIB,
-    MAX_NAME,
     MAX_NICS,
-    MAX_TEXT,
     Bus,
     Firmware,
     GuestCdrom,
@@ -30,8 +28,10 @@ from pveplug.describe.guest import (
     GuestDisk,
     GuestNic,
     bounded,
+    lines,
     mac_address,
     one_line,
+    plain,
     reported,
 )
 from pveplug.describe.systems import family_of
@@ -190,7 +190,7 @@ class _Vmx:
             uuid=self.smbios(),
             machine=(f"vmx-{hardware}",) if hardware else (),
             localtime=self.clock(),
-            text=self.get("annotation").replace("\r\n", "\n")[:MAX_TEXT],
+            text=lines(self.get("annotation")),
             dropped=reported(self.dropped),
             notes=bounded(self.notes),
         )
@@ -248,7 +248,7 @@ class _Vmx:
             ):
                 self.dropped.append((at, f"on a controller that isn't there: {file}"))
             elif kind in _CDROMS or "cdrom" in kind:
-                medium = file if kind == "cdrom-image" else ""
+                medium = plain(file) if kind == "cdrom-image" else ""
                 cdroms.append(GuestCdrom(bus, controller, unit, medium or None))
             elif "disk" not in kind or kind.startswith(("scsi-passthru",)):
                 self.dropped.append((at, f"{kind} isn't a disk image: {file}"))
@@ -269,7 +269,7 @@ class _Vmx:
                         model=one_line(
                             self.get(f"{name}{controller}.virtualdev").lower(), 40
                         ),
-                        file=file[:MAX_NAME],
+                        file=plain(file),
                         boot=first == at,
                     )
                 )
