@@ -245,6 +245,7 @@ def test_a_vmx_is_read_in_the_encoding_it_names():
 
 
 def test_a_vmx_has_keys_in_any_case_and_the_last_line_counts():
+    assert read_one("a", b"#!/usr/bin/vmware\n" + VMX.encode()).memory_mib == 512
     found = vmx('DISPLAYNAME = "a"\ndisplayname="b" # no\nNumVCPUs = 2\n\n#x\n\0\n')
     assert (found.name, found.sockets, found.cores) == ("b", 2, 1)
 
