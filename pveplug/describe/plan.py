@@ -127,7 +127,8 @@ def match_disks(
     """Find each disk's image among names of files.
 
     By file name without folders and case; then without VMware's ``-flat``, ``-delta``
-    and ``-000001``; then, if there is just one disk and one image, those.
+    and ``-000001``; then by the disk's place in a name (``scsi0-1/…``); then, if there
+    is just one disk and one image, those.
 
     Returns: key -> name for the disks found, and the names that are left.
     """
@@ -141,6 +142,12 @@ def match_disks(
             if len(fits) == 1:
                 found[disk.key] = fits[0]
                 left.remove(fits[0])
+    for disk in description.disks:
+        place = re.compile(rf"(?<![a-z]){disk.key.replace(':', '[-_:.]')}(?![0-9])")
+        fits = [name for name in left if place.search(name.lower())]
+        if disk.key not in found and len(fits) == 1:
+            found[disk.key] = fits[0]
+            left.remove(fits[0])
     if not found and len(left) == len(description.disks) == 1:
         found[description.disks[0].key] = left.pop()
     return found, tuple(left)

@@ -368,6 +368,10 @@ def test_images_are_found_by_name_and_never_guessed_between_two():
     one = GuestDescription("x", disks=disks[:1])
     assert match_disks(one, ["disk.raw"]) == ({"scsi0:0": "disk.raw"}, ())
     assert match_disks(one, ["x", "y"]) == ({}, ("x", "y"))
+    by_place = ["Scsi0-1/disk", "Scsi0-11/disk", "vm/scsi0:0.raw", "aiscsi0-2"]
+    found, left = match_disks(vm, by_place)
+    assert found == {"scsi0:0": by_place[2], "scsi0:1": by_place[0]}
+    assert left == (by_place[1], by_place[3])
     assert match_disks(GuestDescription("x"), ["x"]) == ({}, ("x",))
 
 

@@ -288,6 +288,17 @@ def test_devices_of_a_vmx_without_a_counterpart_are_named():
     assert found.disks == ()
 
 
+def test_an_encrypted_vmx_is_refused_as_such():
+    data = b'.encoding = "UTF-8"\ndisplayName = "x"\nencryption.data = "AAEC/w=="\n'
+    with pytest.raises(DescriptionError, match=r"a\.vmx:3: the VM is encrypted"):
+        read_description({"a.vmx": data})
+
+
+def test_the_clock_of_a_vmx_is_known_only_when_it_is_utc():
+    assert vmx('rtc.diffFromUTC = "0"\n').localtime is False
+    assert vmx('rtc.diffFromUTC = "3600"\n').localtime is None
+
+
 def test_a_vmx_counts_scsi_before_sata_before_ide():
     lines = "".join(
         f'{at}.present = "TRUE"\n{at}.fileName = "{n}.vmdk"\n'
