@@ -23,23 +23,20 @@ from pathlib import Path
 from typing import Final
 
 from pveplug.config import RestoreConfig
-from pveplug.errors import JobError, NbdError, PveplugError
+from pveplug.errors import JobError, NbdError, PveplugError, RequestError
 from pveplug.events import Reporter
 from pveplug.images.chain import Chain
 from pveplug.images.manifest import Manifest
-from pveplug.journal import Journal, open_journal, own_vm
 from pveplug.nbd.client import UnixAddress
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.node import Node
-from pveplug.proto.pve_refusal import PveRefusalError, Reason
-from pveplug.proto.pve_values import FILE_STORAGES, volume_id
+from pveplug.proto.pve_values import FILE_STORAGES
 from pveplug.pve import PveApi, Resource, Storage
 from pveplug.pve_local import PveLocal
-from pveplug.recovery import recover, recover_vm
 from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.tasks import to_the_end
+from pveplug.unfinished import UnfinishedVm
 from pveplug.vmconfig import drives, smbios_uuid
-from pveplug.vmhold import take_lock
 from pveplug.vmrestore import (
     DiskPlan,
     RestorePlan,
@@ -52,7 +49,6 @@ from pveplug.vmrestore import (
 
 log = logging.getLogger(__name__)
 
-LOCK_WAIT_S: Final = 60.0
 ENOSPC: Final = 28
 """As the NBD protocol numbers it."""
 ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
@@ -60,7 +56,9 @@ ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
 
 
 @dataclass(slots=True)
-class _Volume:
+class Volume:
+    """A disk on its way to its volume."""
+
     plan: DiskPlan
     volid: str = ""
     writer: DiskWriter | None = None
@@ -73,7 +71,9 @@ class Goal:
     manifest: Manifest
     """Of the newest backup; where it is unknown, what is known so far."""
     chain: Chain | None
-    volumes: dict[str, _Volume] = field(default_factory=dict)
+    volumes: dict[str, Volume] = field(default_factory=dict)
+    job_ids: dict[str, int] = field(default_factory=dict)
+    """JobIds of the chain's jobs, as far as they are known."""
 
 
 class VmTarget:
@@ -97,9 +97,11 @@ class VmTarget:
         self._limit = limit
         self._say = say
         self._here = config.connection.node
-        self._holding = contextlib.AsyncExitStack()
+        self._made = UnfinishedVm(
+            *(node, config.connection.node, api, local, say),
+            kind="prove" if config.prove is not None else "restore",
+        )
         self._serving = contextlib.AsyncExitStack()
-        self._journal: Journal | None = None
         self._storages: dict[str, Storage] = {}
         self._replaced: dict[str, str] = {}
         self._plan: RestorePlan | None = None
@@ -108,19 +110,16 @@ class VmTarget:
         """Keys the VM was created with that its newest configuration doesn't have."""
         self._surplus: list[str] = []
         """Volumes of disks that its newest configuration doesn't have."""
-        self.vmid = 0
+
+    @property
+    def vmid(self) -> int:
+        """The VM's id; 0 until it is known."""
+        return self._made.vmid
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Keys of the backup's disks that are restored."""
         return tuple(self._goal.volumes)
-
-    @property
-    def journal(self) -> Journal:
-        """The open journal."""
-        if self._journal is None:
-            raise JobError("the restore has not begun", phase="restore")
-        return self._journal
 
     # --- the beginning ---------------------------------------------------------------
 
@@ -148,29 +147,31 @@ class VmTarget:
         if wanted is not None and wanted in resources:
             await self._check_overwrite(wanted, resources[wanted])
         target = await self._target(resources, replaced=wanted)
-        self._plan = transform_for_restore(
-            manifest.config,
-            self._wishes(),
-            target,
-            disk_sizes=self._sizes(),
-            fresh_uuid=str(uuid.uuid4()),
-            running_machine=manifest.versions.get("machine"),
+        self._plan = self._shaped(
+            transform_for_restore(
+                manifest.config,
+                self._wishes(),
+                target,
+                disk_sizes=self._sizes(),
+                fresh_uuid=str(uuid.uuid4()),
+                running_machine=manifest.versions.get("machine"),
+            )
         )
         for key, why in self._plan.dropped:
             self._say.info(f"{key} is not taken over: {why}")
         for text in self._plan.warnings:
             self._say.warning(text)
-        self._goal.volumes = {p.source_key: _Volume(p) for p in self._plan.disks}
+        self._goal.volumes = {p.source_key: Volume(p) for p in self._plan.disks}
         if wanted is not None and wanted in resources:
-            await self._hold(wanted, job)
+            await self._made.hold(wanted, job)
             config = await self._api.vm_config(self._here, wanted)
             self._replaced = {
                 d.key: d.file for d in drives(config.values) if not d.is_cdrom
             }
-            await self._lock()
+            await self._made.lock()
             return
-        await self._create(job, wanted, self._plan.params)
-        await self._lock()
+        await self._made.create(job, wanted, self._plan.params, self._config.pool)
+        await self._made.lock()
 
     async def _begin_disks(self, job: str, resources: Mapping[int, Resource]) -> None:
         manifest = self._goal.manifest
@@ -186,7 +187,7 @@ class VmTarget:
         if resources[wanted].node != self._here:
             raise self._elsewhere(wanted, resources[wanted].node)
         target = await self._target(resources, replaced=wanted)
-        await self._hold(wanted, job)
+        await self._made.hold(wanted, job)
         existing = await self._api.vm_config(self._here, wanted)
         plans = plan_single_disks(
             manifest.config,
@@ -196,7 +197,11 @@ class VmTarget:
             target,
             disk_sizes=self._sizes(),
         )
-        self._goal.volumes = {p.source_key: _Volume(p) for p in plans}
+        self._goal.volumes = {p.source_key: Volume(p) for p in plans}
+
+    def _shaped(self, plan: RestorePlan) -> RestorePlan:
+        """Return the plan as this kind of target wants it."""
+        return plan
 
     def _sizes(self) -> dict[str, int]:
         chain = self._goal.chain
@@ -275,63 +280,6 @@ class VmTarget:
             remedy=f"restore with restoreclient= the File Daemon of {node}.",
         )
 
-    async def _hold(self, vmid: int, job: str) -> None:
-        fd = await self._holding.enter_async_context(
-            own_vm(self._node.state_dir, vmid, LOCK_WAIT_S)
-        )
-        self._holding.enter_context(self._local.keeping(fd))
-        for line in await recover_vm(self._node, self._local, vmid):
-            self._say.warning(
-                f"VM {vmid}: after an earlier job that was killed: {line}"
-            )
-        self.vmid = vmid
-        self._journal = open_journal(self._node.state_dir, vmid, job, "restore")
-
-    async def _create(
-        self, job: str, wanted: int | None, params: Mapping[str, str]
-    ) -> None:
-        """Create the VM without disks; the id is ours from then on."""
-        identity = smbios_uuid(params)
-        if identity is None:  # PVE would make one up
-            identity = str(uuid.uuid4())
-            params = {**params, "smbios1": f"uuid={identity}"}
-        taken: set[int] = set()
-        while True:
-            vmid = wanted or await self._next_id(taken)
-            await self._hold(vmid, job)
-            extra = {"pool": self._config.pool} if self._config.pool else {}
-            # Somebody else may take this id in the same moment, and their VM must never
-            # be destroyed by our recovery: that one will have another UUID.
-            try:
-                self.journal.note(created=True, uuid=identity)
-                for text in await self._api.create_vm(
-                    self._here, vmid, {**params, **extra}
-                ):
-                    self._say.warning(f"VM {vmid}: {text}")
-            except PveRefusalError as error:
-                if error.status or error.reason is Reason.EXISTS:
-                    self.journal.undone(created=False)
-                if error.reason is not Reason.EXISTS:
-                    raise
-                if wanted is not None or len(taken) > 20:
-                    raise
-                self.journal.close()
-                self._journal = None
-                await self._holding.aclose()
-                taken.add(vmid)
-                continue
-            return
-
-    async def _next_id(self, taken: set[int]) -> int:
-        vmid = await self._api.next_id()
-        while vmid in taken:
-            vmid += 1
-        return vmid
-
-    async def _lock(self) -> None:
-        """Keep PVE from starting or changing the VM until it is whole."""
-        await take_lock(self._local, self.journal)
-
     async def adopt(self, manifest: Manifest) -> None:
         """Take over a later job's description, where the newest wasn't known before.
 
@@ -345,26 +293,28 @@ class VmTarget:
         resources = {r.vmid: r for r in await self._api.resources()}
         before = self._plan
         smbios = before.params.get("smbios1", "") if before else ""
-        self._plan = transform_for_restore(
-            manifest.config,
-            self._wishes(),
-            await self._target(resources, replaced=self.vmid),
-            disk_sizes=self._sizes(),
-            fresh_uuid=smbios_uuid({"smbios1": smbios}) or str(uuid.uuid4()),
-            running_machine=manifest.versions.get("machine"),
+        self._plan = self._shaped(
+            transform_for_restore(
+                manifest.config,
+                self._wishes(),
+                await self._target(resources, replaced=self.vmid),
+                disk_sizes=self._sizes(),
+                fresh_uuid=smbios_uuid({"smbios1": smbios}) or str(uuid.uuid4()),
+                running_machine=manifest.versions.get("machine"),
+            )
         )
         planned = {p.source_key: p for p in self._plan.disks}
         for key in [k for k in self._goal.volumes if k not in planned]:
             await self._drop(self._goal.volumes.pop(key))
         for key, plan in planned.items():
             if key not in self._goal.volumes:
-                self._goal.volumes[key] = _Volume(plan)
+                self._goal.volumes[key] = Volume(plan)
         if before is not None:
             self._stale = sorted(
                 (before.params.keys() | set(self._stale)) - self._plan.params.keys()
             )
 
-    async def _drop(self, volume: _Volume) -> None:
+    async def _drop(self, volume: Volume) -> None:
         """Forget a disk that the VM no longer had; its volume goes at once."""
         if volume.writer is not None:
             await volume.writer.give_up()
@@ -381,13 +331,17 @@ class VmTarget:
             volume.writer = await self._open(volume)
         return volume.writer
 
-    async def _open(self, volume: _Volume) -> DiskWriter:
+    async def _open(self, volume: Volume) -> DiskWriter:
         plan = volume.plan
         storage = self._storages[plan.storage]
-        volume.volid = await self._allocate(plan, storage)
-        await self._local.activate(
-            volume.volid, lambda: self.journal.add("active", volume.volid)
+        volume.volid = await self._made.allocate(
+            storage,
+            plan.size,
+            plan.format,
+            used=[v.volid for v in self._goal.volumes.values() if v.volid],
+            disk=plan.source_key,
         )
+        path = await self._made.activate(volume.volid)
         os.makedirs(self._node.runtime_dir, mode=0o700, exist_ok=True)
         chain = self._goal.chain
         writer = DiskWriter(
@@ -399,7 +353,7 @@ class VmTarget:
         address: UnixAddress = await self._serving.enter_async_context(
             qemu_nbd(
                 self._node,
-                await self._local.volume_path(volume.volid),
+                path,
                 plan.format,
                 socket_dir=self._node.runtime_dir,
                 read_only=False,
@@ -410,10 +364,10 @@ class VmTarget:
         await writer.open(address)
         return writer
 
-    def write_failed(self, key: str, error: NbdError) -> JobError:
+    def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for a write that the target storage refused."""
         storage = self._goal.volumes[key].plan.storage
-        full = error.errno == ENOSPC
+        full = isinstance(error, NbdError) and error.errno == ENOSPC
         return JobError(
             f"No space left on storage {storage}: {error}."
             if full
@@ -425,39 +379,6 @@ class VmTarget:
             if full
             else "see the node's kernel log, or name another restore_storage.",
         )
-
-    async def _allocate(self, plan: DiskPlan, storage: Storage) -> str:
-        there = await self._api.volumes(self._here, storage.name, vmid=self.vmid)
-        used = {v.volid for v in there} | {
-            v.volid for v in self._goal.volumes.values() if v.volid
-        }
-        number = 0
-        while any(f"vm-{self.vmid}-disk-{number}" in volid for volid in used):
-            number += 1
-        name = f"vm-{self.vmid}-disk-{number}"
-        in_files = storage.type in FILE_STORAGES
-        if in_files or plan.format == "qcow2":
-            name += f".{plan.format}"
-        expected = volume_id(storage, self.vmid, name)
-        self.journal.add("volumes", expected)
-        try:
-            volid = await self._api.allocate_volume(
-                self._here, storage.name, self.vmid, name, plan.size, plan.format
-            )
-        except PveRefusalError as error:
-            if error.status or error.reason is Reason.EXISTS:
-                self.journal.drop("volumes", expected)
-            raise JobError(
-                str(error),
-                vm=str(self.vmid),
-                disk=plan.source_key,
-                phase="allocate",
-                remedy=f"make room on {storage.name} or name another restore_storage.",
-            ) from error
-        if volid != expected:
-            self.journal.add("volumes", volid)
-            self.journal.drop("volumes", expected)
-        return volid
 
     # --- the end ---------------------------------------------------------------------
 
@@ -480,9 +401,7 @@ class VmTarget:
             except NbdError as error:
                 raise self.write_failed(key, error) from error
         await self._stop_serving()
-        if self.journal.entry.locked:
-            await self._local.unlock(self.vmid)
-            self.journal.undone(locked=False)
+        await self._made.unlock()
         params: dict[str, str] = {}
         if self._plan is not None and (self._replaced or self._adopted):
             params.update(self._plan.params)
@@ -495,10 +414,11 @@ class VmTarget:
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
         # From here on the volumes are the VM's; nothing is taken back any more.
-        self.journal.undone(volumes=list(self._surplus), created=False, active=[])
+        journal = self._made.journal
+        journal.undone(volumes=list(self._surplus), created=False, active=[])
         for volid in self._surplus:
             await self._local.free_volume(volid)
-            self.journal.drop("volumes", volid)
+            journal.drop("volumes", volid)
         await self._remove_replaced()
         self._write_firewall()
         for key, volume in self._goal.volumes.items():
@@ -509,8 +429,7 @@ class VmTarget:
                     f"{len(written.jobs)} jobs to {volume.volid}, received "
                     f"{written.received} bytes, superseded {written.superseded}"
                 )
-        self.journal.close()
-        self._journal = None
+        self._made.handed_over()
         if self._config.start_after and not self._config.disks:
             await self._start()
 
@@ -526,10 +445,7 @@ class VmTarget:
     async def _stop_serving(self) -> None:
         """End every qemu-nbd, which says whether its image is whole."""
         await self._serving.aclose()
-        for volid in list(self.journal.entry.active):
-            with contextlib.suppress(PveplugError):
-                await self._local.deactivate(volid)
-            self.journal.drop("active", volid)
+        await self._made.deactivate_all()
 
     async def _remove_replaced(self) -> None:
         """Free the old disks of an overwritten VM; PVE keeps them as unusedN."""
@@ -564,6 +480,9 @@ class VmTarget:
                 "they are in firewall.fw of the backup"
             )
 
+    async def failed(self, error: BaseException) -> None:
+        """Take note of why the restore ends, before everything is undone."""
+
     async def aclose(self) -> None:
         """Undo what is unfinished; nothing where ``commit`` went through."""
         await to_the_end(self._undo())
@@ -574,15 +493,7 @@ class VmTarget:
             await self._serving.aclose()
         except Exception as error:
             log.warning("restore not served to its end: %s", error)
-        journal, self._journal = self._journal, None
-        try:
-            if journal is not None:
-                for line in await recover(self._node, self._local, journal.entry):
-                    self._say.info(f"VM {self.vmid}: undone: {line}")
-        except PveplugError as error:
-            self._say.error(str(error))
-        finally:
-            await self._holding.aclose()
+        await self._made.undo()
 
 
 def _formats(storage: Storage) -> tuple[str, ...]:

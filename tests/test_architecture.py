@@ -34,15 +34,19 @@ PACKAGE: Final = REPOSITORY / "pveplug"
 LAYERS: Final = {
     "foundation": {"extents", "errors", "units", "events", "node"},
     "proto": {"proto"},
-    "images": {"images"},
+    "images": {"images", "proving"},
     "describe": {"describe"},
-    "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
+    "policy": {
+        *("pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"),
+        "proveconfig",
+    },
     "configuration": {
-        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
+        *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm"),
+        *("source", "access", "restore_vm", "ir.target", "ir.prove_target"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
@@ -54,6 +58,8 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_ir",
+        "command_ir_node",
         "command_receiver",
         "command_repair",
         "command_replicas",
@@ -61,6 +67,7 @@ LAYERS: Final = {
         "backend",
         "library",
         "dr.receiver_main",
+        "ir.keeper",
     },
 }
 ADAPTERS: Final = "adapters"
@@ -71,7 +78,7 @@ MAY_IMPORT: Final = {
     "foundation": {"foundation"},
     "proto": {"proto", "foundation"},
     "images": {"images", "foundation"},
-    "policy": {"policy", "foundation"},
+    "policy": {"policy", "images", "foundation"},
     "describe": {"describe", "policy", "foundation"},
     "configuration": {"configuration", "policy", "foundation"},
     ADAPTERS: {ADAPTERS, "describe", "policy", "proto", "images", "foundation"},
