@@ -42,6 +42,8 @@ def choose_system(
     if system.family is Family.UNKNOWN:
         remarks.notes.append(f"by its boot disk the guest is {by_disk.label}")
         return by_disk
+    if system.family is Family.OTHER:
+        return system  # GRUB starts those, too
     if system.family is not seen:
         remarks.warnings.append(
             f"{vm.source} says {one_line(vm.os_id, 60)}, but its boot "

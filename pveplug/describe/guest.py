@@ -131,6 +131,7 @@ class GuestDescription:
         os_id: the guest's system in the words of the source: ``windows2019srv-64``.
         uuid: SMBIOS UUID as QEMU writes it, in lower case.
         machine: hints about the old machine: ``vmx-19``, ``hyper-v generation 2``.
+        agent: whether QEMU's guest agent is installed; None where nothing is said.
         localtime: whether its clock runs in local time; None where nothing is said.
         text: the operator's notes on the VM.
         dropped: ``(what, why)`` of what has no place here.
@@ -158,6 +159,7 @@ class GuestDescription:
     text: str = ""
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    agent: bool | None = None
 
     def disk(self, key: str) -> GuestDisk:
         """Return the disk of a key.

@@ -204,7 +204,7 @@ class _Configuration:
         ):
             self.cdroms.append(GuestCdrom(bus, controller, unit, path or None))
         elif kind in ("VHD", "VIRTUALDISK", "") or re.search(r"\.a?vhdx?$", path, re.I):
-            self.disks.append(GuestDisk(0, bus, controller, unit, file=path))
+            self.disks.append(GuestDisk(0, bus, controller, unit, file=path or None))
         else:
             self.dropped.append((what, f"{one_line(kind, 40)}, not an image: {path}"))
 

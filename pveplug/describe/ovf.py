@@ -283,14 +283,14 @@ class _Ovf:
                     capacity = amount * units or None
                     if capacity and capacity > MAX_CAPACITY:
                         raise self.wrong(f"a disk of {capacity} bytes", disk)
-                name = files.get(disk.get("fileRef"))
+                name = files.get(disk.get("fileRef")) or None
                 found[disk.get("diskId")] = _Image(name, capacity)
                 if parent := disk.get("parentRef"):
                     self.notes.append(
                         f"disk {disk.get('diskId')} builds on disk {parent}"
                     )
         for key, href in files.items():
-            found.setdefault(f"\0{key}", _Image(href, None))
+            found.setdefault(f"\0{key}", _Image(href or None, None))
         return found
 
     def processors(self, items: list[Element]) -> tuple[int | None, int | None]:

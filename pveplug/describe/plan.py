@@ -410,6 +410,8 @@ class _Plan:
             self.params["machine"] = "q35"
         self.params["bios"] = "ovmf" if uefi else "seabios"
         self.params["ostype"] = system.ostype
+        if self.vm.agent:
+            self.params["agent"] = "1"
         self.params["scsihw"] = scsihw
         old = system.storage is Storage.IDE
         self.params["cpu"] = "kvm64" if old else "x86-64-v2-AES"

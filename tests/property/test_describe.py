@@ -138,6 +138,7 @@ def guests(draw):
         uuid=draw(st.none() | st.uuids().map(str)),
         machine=tuple(draw(st.lists(line, max_size=3))),
         localtime=draw(maybe),
+        agent=draw(maybe),
         text=draw(st.lists(line, max_size=3).map("\n".join)),
         dropped=tuple(draw(st.lists(st.tuples(line, line), max_size=3))),
         notes=tuple(draw(st.lists(line, max_size=3))),

@@ -220,6 +220,13 @@ def test_a_disk_that_starts_another_system_than_described_is_reported():
     assert "ubuntu-64" in plan.restore.warnings[0]
 
 
+def test_grub_does_not_make_a_linux_of_what_is_described_as_another():
+    grub = Bootability("mbr", boot_code=True, family=Family.LINUX)
+    plan = planned(boot=grub, os_id="freebsd13-64")
+    assert plan.system.family is Family.OTHER
+    assert not plan.restore.warnings
+
+
 def test_the_disk_that_starts_is_taken_where_the_first_cannot():
     disks = tuple(GuestDisk(n, Bus.SCSI, 0, n, capacity=GiB) for n in range(3))
     facts = {
@@ -331,6 +338,16 @@ def test_what_is_missing_is_assumed_and_said():
     assert plan.restore.params["cores"] == "1"
     assert plan.restore.late_params == {}
     assert "2048" in plan.restore.warnings[0]
+
+
+def test_the_agent_is_switched_on_only_where_it_is_known_to_be_there():
+    for os_id in ("windows2019srv-64", "ubuntu-64"):
+        known = planned(os_id=os_id, agent=True)
+        assert known.restore.params["agent"] == "1"
+        assert "--agent" not in "".join(known.next_steps)
+        unknown = planned(os_id=os_id)
+        assert "agent" not in unknown.restore.params
+        assert "--agent 1" in "".join(unknown.next_steps)
 
 
 def test_windows_is_told_the_way_to_virtio_and_an_old_one_is_not():

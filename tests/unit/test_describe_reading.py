@@ -394,6 +394,16 @@ def test_an_empty_disk_of_an_ovf_keeps_its_place_and_is_noted():
     assert any("empty" in note for note in found.notes)
 
 
+def test_a_file_without_a_name_is_no_file():
+    data = kept("vmware.ovf").replace(b'ovf:href="log-disk2.vmdk"', b'ovf:href=""')
+    assert read_one("a", data).disks[1].file is None
+    path = rb'<pathname type="string">D:\VMs\files\files.vhdx'
+    data = kept("hyperv-gen1.xml")
+    assert path in data
+    data = data.replace(path, b'<pathname type="string">')
+    assert read_one("a", data).disks[0].file is None
+
+
 # ---- Hyper-V
 
 
