@@ -36,6 +36,9 @@ def ir_rows() -> Iterator[Parameter]:
             default_text=text,
         )
 
+    def job_row(name: str, kind: v.Type, summary: str, text: str) -> Parameter:
+        return Parameter(name, kind, None, "ir", summary, default_text=text)
+
     yield row(
         "ir_overlay_storage",
         v.STORAGE,
@@ -115,6 +118,24 @@ def ir_rows() -> Iterator[Parameter]:
         None,
         "MiB of memory at most while it is proved",
         text="as the VM has",
+    )
+    yield job_row(
+        "prove_console",
+        v.PATH,
+        "file on the node: bconsole's configuration (mode=prove as a job)",
+        "bconsole's own default",
+    )
+    yield job_row(
+        "prove_client",
+        v.TEXT,
+        "client of Bacula's that restores for the proof",
+        "the client of the backup",
+    )
+    yield job_row(
+        "prove_restore_job",
+        v.TEXT,
+        "Bacula's Job of Type = Restore for the proof",
+        "the only one there is",
     )
     yield row(
         "prove_report",

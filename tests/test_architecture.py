@@ -51,6 +51,7 @@ LAYERS: Final = {
     },
     "engines": {
         *("backup", "restore", "estimate", "verify", "dr.receiver", "dr.sender"),
+        "proofjob",
     },
     "top": {
         "",

@@ -14,6 +14,7 @@ those small images, of the whole chain, since QEMU can't wait for them.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -184,6 +185,13 @@ def planned(
     if marks := firmware_marks(parts):
         steps.insert(0, step("firmware state of the whole chain", *marks))
     return Plan(head, tuple(chain), tuple(parts), tuple(steps), _remarks(head, found))
+
+
+def whole(plan: Plan) -> RestoreOrder:
+    """Return one restore job of everything: what a proof is."""
+    order = plan.steps[-1].order
+    marks = tuple((part.directory, part.names) for part in reversed(plan.parts))
+    return dataclasses.replace(order, marks=marks)
 
 
 def firmware_marks(parts: Sequence[Part]) -> list[tuple[str, tuple[str, ...]]]:

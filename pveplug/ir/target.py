@@ -480,7 +480,7 @@ class InstantTarget(VmTarget):
                 job
                 for key in owed
                 for job in (chain.members(key) if chain else ())
-                if job not in self._written_jobs(key)
+                if self._owes(job, key)
             }
         )
         listed = ", ".join(f"{key} {human(size)}" for key, size in sorted(owed.items()))
@@ -491,9 +491,17 @@ class InstantTarget(VmTarget):
             "(pveplug ir start does)"
         )
 
-    def _written_jobs(self, key: str) -> list[str]:
-        volume = self._goal.volumes.get(key)
-        return volume.writer.written.jobs if volume and volume.writer else []
+    def _owes(self, job: str, key: str) -> bool:
+        """Whether something that only this job has is still to come."""
+        chain = self._goal.chain
+        if chain is None or not chain.mapped(key):
+            return True
+        landing = self._landings[key]
+        return any(
+            mark is Mark.OWED
+            for run in chain.owned(job, key).data_runs()
+            for *_, mark in landing.kinds(run.offset, run.length)
+        )
 
     async def _see_it_move(self) -> None:
         """Wait for the keeper's migration and tell how it goes."""
