@@ -437,7 +437,7 @@ def changed(**fields: object) -> bytes:
     ("data", "says"),
     [
         (changed(schema="pveplug-guest/2"), "version 2 isn't known"),
-        (changed(firmwear="bios"), "'firmwear' isn't known; did you mean firmware"),
+        (changed(firmwarex="bios"), "'firmwarex' isn't known; did you mean firmware"),
         (changed(firmware="efi"), "firmware: is to be one of bios, uefi, unknown"),
         (changed(cores="4"), "cores: is to be a whole number"),
         (changed(cores=True), "cores: is to be a whole number"),
