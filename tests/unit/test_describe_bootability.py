@@ -69,6 +69,23 @@ def test_a_folder_with_a_long_name_and_many_entries_is_read_to_its_end(tmp_path)
     assert found.os_id == "alma"
 
 
+def test_a_long_folder_of_fat12_is_read_to_its_end(tmp_path):
+    disk = partitioned(tmp_path / "d", GPT_SCRIPT)
+    files = [f"EFI/debian/another-long-name-{n}.txt" for n in range(60)]
+    names = [*files, "EFI/debian/shimx64.efi"]
+    assert looked_at(esp(disk, names, size=2 * MiB)).os_id == "debian"
+
+
+def test_structures_beyond_the_bounds_are_given_up_and_said(tmp_path, monkeypatch):
+    disk = esp(partitioned(tmp_path / "d", GPT_SCRIPT), WINDOWS)
+    for name, value in (("MAX_READS", 5), ("MAX_READ", 600), ("MAX_BYTES", 20_000)):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"pveplug.describe.bootability.{name}", value)
+            found = looked_at(disk)
+            assert not found.uefi
+            assert name == "MAX_READ" or "too large" in found.notes[-1]
+
+
 def test_two_systems_on_one_disk_are_not_told_apart(tmp_path):
     disk = partitioned(tmp_path / "d", GPT_SCRIPT)
     found = looked_at(esp(disk, [*WINDOWS, *UBUNTU[:2]]))

@@ -404,7 +404,86 @@ def test_a_file_without_a_name_is_no_file():
     assert read_one("a", data).disks[0].file is None
 
 
+def test_a_collection_of_one_and_a_draft_of_2007_are_read():
+    one = ovf(item(4, VirtualQuantity=64)).decode()
+    inner = one[one.index("<VirtualSystem") : one.index("</Envelope>")]
+    outer = '<VirtualSystemCollection ovf:id="app"><Info/>'
+    nested = one.replace(inner, f"{outer}{inner}</VirtualSystemCollection>")
+    assert read_one("a", nested.encode()).memory_mib == 64
+    draft = (
+        f'<ovf:Envelope xmlns:ovf="{NS}" xmlns:xsi="urn:xsi"><References/>'
+        '<ovf:Content ovf:id="old" xsi:type="ovf:VirtualSystem_Type">'
+        '<Section xsi:type="ovf:VirtualHardwareSection_Type">'
+        f"{item(4, VirtualQuantity=32)}</Section></ovf:Content></ovf:Envelope>"
+    )
+    found = read_one("a", draft.encode())
+    assert (found.name, found.memory_mib) == ("old", 32)
+
+
+def test_controllers_of_an_ovf_are_told_apart_and_places_are_not_shared():
+    items = (
+        item(5, InstanceID=1)
+        + item(5, InstanceID=2)
+        + item(20, InstanceID=3, ResourceSubType="vmware.nvme.controller")
+        + item(20, InstanceID=4, ResourceSubType="VirtioSCSI")
+        + item(6, InstanceID=5, ResourceSubType="virtio")
+        + item(
+            17,
+            Parent=2,
+            AddressOnParent=1,
+            AllocationUnits="byte * 2^30",
+            VirtualQuantity=3,
+        )
+        + item(17, Parent=2, AddressOnParent=1)
+        + item(17, Parent=3, AddressOnParent=0)
+        + item(17, Parent=4, AddressOnParent=0)
+        + item(3, VirtualQuantity=3, CoresPerSocket=2)
+        + item(10, Address="ff:ff:ff:ff:ff:ff", ElementName="NIC")
+        + item(99, ElementName="a thing")
+    )
+    found = read_one("a", ovf(items))
+    assert {disk.key: disk.capacity for disk in found.disks} == {
+        "virtio0:0": None,
+        "ide1:1": 3 << 30,
+        "ide1:2": None,
+        "nvme0:0": None,
+    }
+    assert (found.sockets, found.cores) == (3, 1)
+    assert found.dropped == (
+        ("NIC MAC address", "ff:ff:ff:ff:ff:ff"),
+        ("device of type 99", "a thing"),
+    )
+
+
 # ---- Hyper-V
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        ("hyperv-gen1.xml", ">1024</size>", ">lots</size>", "size is 'lots'"),
+        ("hyperv-gen1.xml", ">2</count>", ">0</count>", "count is '0'"),
+        ("powershell.json", '"ProcessorCount": 2', '"ProcessorCount": -2', "'-2'"),
+        ("powershell.json", "2147483648", "99999999999999999999", "no number"),
+    ],
+)
+def test_numbers_of_hyper_v_that_are_absurd_are_refused(name, old, new, says):
+    data = kept(name).decode()
+    assert old in data
+    with pytest.raises(DescriptionError, match=says):
+        read_one(name, data.replace(old, new, 1).encode())
+
+
+def test_a_passed_through_disk_of_powershell_is_named():
+    vm = json.loads(kept("powershell.json"))
+    vm["HardDrives"][0]["DiskNumber"] = 3
+    vm["NetworkAdapters"] *= 40
+    found = read_one("x", json.dumps(vm).encode())
+    assert found.disks == ()
+    assert len(found.nics) == 32
+    assert [what for what, _ in found.dropped] == ["ide0:0", "network cards"]
+    with pytest.raises(KeyError):
+        found.disk("ide0:0")
 
 
 def test_clixml_with_references_in_circles_ends():
