@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -43,8 +44,8 @@ from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.restore_vm import Goal, VmTarget, Volume
 from pveplug.tasks import to_the_end
 from pveplug.units import human
-from pveplug.vmconfig import smbios_uuid
-from pveplug.vmrestore import DiskPlan
+from pveplug.vmconfig import properties, render_properties, smbios_uuid
+from pveplug.vmrestore import DiskPlan, RestorePlan
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,26 @@ class InstantTarget(VmTarget):
         self._check_room()
         await self._establish(job)
         self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    def _shaped(self, plan: RestorePlan) -> RestorePlan:
+        """Unplug the network cards where two VMs of one address could meet."""
+        wish = self._instant.network
+        if wish == "up" or (wish == "auto" and not self._original_exists):
+            return plan
+        params = {
+            key: _unplugged(value) if re.fullmatch(r"net\d+", key) else value
+            for key, value in plan.params.items()
+        }
+        if params == plan.params:
+            return plan
+        why = "ir_network=down" if wish == "down" else "the original VM still exists"
+        warning = (
+            f"its network cards are unplugged (link_down=1), for {why}; plug them in "
+            "in Proxmox VE, or give ir_network=up"
+        )
+        return dataclasses.replace(
+            plan, params=params, warnings=(*plan.warnings, warning)
+        )
 
     async def _resume(self) -> bool:
         """Go on with a recovery of the same backup that isn't complete."""
@@ -561,6 +582,11 @@ class InstantTarget(VmTarget):
             self._recovery.remove()
         await self._feeding.aclose()
         await self._made.undo()
+
+
+def _unplugged(value: str) -> str:
+    parts = properties(value, "model")
+    return render_properties({**parts, "link_down": "1"}, "model")
 
 
 def _plan_of(disk: LandedDisk) -> DiskPlan:
