@@ -1,45 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target of a restore: a VM that comes into being, or nothing at all.
+"""The target of a restore: what :mod:`pveplug.newvm` makes, as the backup has it.
 
-::
-
-    claim the VMID ── create without disks ── lock ── per disk: allocate, serve, fill
-        ── unlock ── attach the disks, set what must come last ── firewall ── start
-
-Everything made is in the journal before it is made, so a failure at any point (a kill
-included) ends with no VM, no volume and no lock. An existing VM is only touched at the
-very end, when all its new disks are whole.
+An existing VM is only touched at the very end, when all its new disks are whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from pveplug.config import RestoreConfig
 from pveplug.errors import JobError, NbdError, PveplugError
 from pveplug.events import Reporter
 from pveplug.images.chain import Chain
 from pveplug.images.manifest import Manifest
-from pveplug.journal import Journal, open_journal, own_vm
-from pveplug.nbd.client import UnixAddress
-from pveplug.nbd.qemu_nbd import qemu_nbd
+from pveplug.journal import Journal
+from pveplug.newvm import NewVm
 from pveplug.node import Node
-from pveplug.proto.pve_refusal import PveRefusalError, Reason
-from pveplug.proto.pve_values import FILE_STORAGES, volume_id
-from pveplug.pve import PveApi, Resource, Storage
+from pveplug.pve import PveApi, Resource
 from pveplug.pve_local import PveLocal
-from pveplug.recovery import recover, recover_vm
 from pveplug.restore_disk import DiskWriter, Limit
-from pveplug.tasks import to_the_end
 from pveplug.vmconfig import drives, smbios_uuid
-from pveplug.vmhold import take_lock
 from pveplug.vmrestore import (
     DiskPlan,
     RestorePlan,
@@ -49,14 +33,6 @@ from pveplug.vmrestore import (
     plan_single_disks,
     transform_for_restore,
 )
-
-log = logging.getLogger(__name__)
-
-LOCK_WAIT_S: Final = 60.0
-ENOSPC: Final = 28
-"""As the NBD protocol numbers it."""
-ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
-"""Where a fresh volume reads as zeroes; thick LVM shows what was there before."""
 
 
 @dataclass(slots=True)
@@ -96,11 +72,9 @@ class VmTarget:
         self._goal = goal
         self._limit = limit
         self._say = say
-        self._here = config.connection.node
-        self._holding = contextlib.AsyncExitStack()
-        self._serving = contextlib.AsyncExitStack()
-        self._journal: Journal | None = None
-        self._storages: dict[str, Storage] = {}
+        self._vm = NewVm(node, api, local, config.connection.node, say)
+        self._here = self._vm.here
+        self._storages: dict[str, TargetStorage] = {}
         self._replaced: dict[str, str] = {}
         self._plan: RestorePlan | None = None
         self._adopted = False
@@ -108,7 +82,6 @@ class VmTarget:
         """Keys the VM was created with that its newest configuration doesn't have."""
         self._surplus: list[str] = []
         """Volumes of disks that its newest configuration doesn't have."""
-        self.vmid = 0
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -116,18 +89,21 @@ class VmTarget:
         return tuple(self._goal.volumes)
 
     @property
+    def vmid(self) -> int:
+        """The VM's id; 0 before there is one."""
+        return self._vm.vmid
+
+    @property
     def journal(self) -> Journal:
         """The open journal."""
-        if self._journal is None:
-            raise JobError("the restore has not begun", phase="restore")
-        return self._journal
+        return self._vm.journal
 
     # --- the beginning ---------------------------------------------------------------
 
     async def begin(self, job: str) -> None:
         """Claim the VMID and make what the disks will be attached to."""
         manifest = self._goal.manifest
-        self._storages = {s.name: s for s in await self._api.storages(self._here)}
+        self._storages = await self._vm.look()
         resources = {r.vmid: r for r in await self._api.resources()}
         if self._config.disks:
             await self._begin_disks(job, resources)
@@ -162,15 +138,16 @@ class VmTarget:
             self._say.warning(text)
         self._goal.volumes = {p.source_key: _Volume(p) for p in self._plan.disks}
         if wanted is not None and wanted in resources:
-            await self._hold(wanted, job)
+            await self._vm.hold(wanted, job)
             config = await self._api.vm_config(self._here, wanted)
             self._replaced = {
                 d.key: d.file for d in drives(config.values) if not d.is_cdrom
             }
-            await self._lock()
+            await self._vm.lock()
             return
-        await self._create(job, wanted, self._plan.params)
-        await self._lock()
+        pool = {"pool": self._config.pool} if self._config.pool else {}
+        await self._vm.create(job, wanted, {**self._plan.params, **pool})
+        await self._vm.lock()
 
     async def _begin_disks(self, job: str, resources: Mapping[int, Resource]) -> None:
         manifest = self._goal.manifest
@@ -186,7 +163,7 @@ class VmTarget:
         if resources[wanted].node != self._here:
             raise self._elsewhere(wanted, resources[wanted].node)
         target = await self._target(resources, replaced=wanted)
-        await self._hold(wanted, job)
+        await self._vm.hold(wanted, job)
         existing = await self._api.vm_config(self._here, wanted)
         plans = plan_single_disks(
             manifest.config,
@@ -219,11 +196,6 @@ class VmTarget:
     async def _target(
         self, resources: Mapping[int, Resource], replaced: int | None
     ) -> Target:
-        storages = {
-            s.name: TargetStorage(s.name, _formats(s))
-            for s in self._storages.values()
-            if s.holds_images and s.active and s.enabled
-        }
         manifest = self._goal.manifest
         twin = resources.get(manifest.vmid)
         there = False
@@ -232,7 +204,7 @@ class VmTarget:
                 config = await self._api.vm_config(twin.node, twin.vmid)
                 there = smbios_uuid(config.values) == manifest.uuid
         return Target(
-            storages=storages,
+            storages=self._storages,
             is_root=self._config.connection.user == "root@pam",
             original_exists=there,
         )
@@ -274,63 +246,6 @@ class VmTarget:
             phase="restore",
             remedy=f"restore with restoreclient= the File Daemon of {node}.",
         )
-
-    async def _hold(self, vmid: int, job: str) -> None:
-        fd = await self._holding.enter_async_context(
-            own_vm(self._node.state_dir, vmid, LOCK_WAIT_S)
-        )
-        self._holding.enter_context(self._local.keeping(fd))
-        for line in await recover_vm(self._node, self._local, vmid):
-            self._say.warning(
-                f"VM {vmid}: after an earlier job that was killed: {line}"
-            )
-        self.vmid = vmid
-        self._journal = open_journal(self._node.state_dir, vmid, job, "restore")
-
-    async def _create(
-        self, job: str, wanted: int | None, params: Mapping[str, str]
-    ) -> None:
-        """Create the VM without disks; the id is ours from then on."""
-        identity = smbios_uuid(params)
-        if identity is None:  # PVE would make one up
-            identity = str(uuid.uuid4())
-            params = {**params, "smbios1": f"uuid={identity}"}
-        taken: set[int] = set()
-        while True:
-            vmid = wanted or await self._next_id(taken)
-            await self._hold(vmid, job)
-            extra = {"pool": self._config.pool} if self._config.pool else {}
-            # Somebody else may take this id in the same moment, and their VM must never
-            # be destroyed by our recovery: that one will have another UUID.
-            try:
-                self.journal.note(created=True, uuid=identity)
-                for text in await self._api.create_vm(
-                    self._here, vmid, {**params, **extra}
-                ):
-                    self._say.warning(f"VM {vmid}: {text}")
-            except PveRefusalError as error:
-                if error.status or error.reason is Reason.EXISTS:
-                    self.journal.undone(created=False)
-                if error.reason is not Reason.EXISTS:
-                    raise
-                if wanted is not None or len(taken) > 20:
-                    raise
-                self.journal.close()
-                self._journal = None
-                await self._holding.aclose()
-                taken.add(vmid)
-                continue
-            return
-
-    async def _next_id(self, taken: set[int]) -> int:
-        vmid = await self._api.next_id()
-        while vmid in taken:
-            vmid += 1
-        return vmid
-
-    async def _lock(self) -> None:
-        """Keep PVE from starting or changing the VM until it is whole."""
-        await take_lock(self._local, self.journal)
 
     async def adopt(self, manifest: Manifest) -> None:
         """Take over a later job's description, where the newest wasn't known before.
@@ -383,81 +298,24 @@ class VmTarget:
 
     async def _open(self, volume: _Volume) -> DiskWriter:
         plan = volume.plan
-        storage = self._storages[plan.storage]
-        volume.volid = await self._allocate(plan, storage)
-        await self._local.activate(
-            volume.volid, lambda: self.journal.add("active", volume.volid)
-        )
-        os.makedirs(self._node.runtime_dir, mode=0o700, exist_ok=True)
+        others = [v.volid for v in self._goal.volumes.values()]
+        volume.volid = await self._vm.volume(plan, others)
         chain = self._goal.chain
         writer = DiskWriter(
             plan.source_key,
             chain=chain,
-            zeroed=storage.type in ZEROED_STORAGES,
+            zeroed=self._vm.zeroed(plan.storage),
             limit=self._limit,
         )
-        address: UnixAddress = await self._serving.enter_async_context(
-            qemu_nbd(
-                self._node,
-                await self._local.volume_path(volume.volid),
-                plan.format,
-                socket_dir=self._node.runtime_dir,
-                read_only=False,
-            )
-        )
-        # Closed before its qemu-nbd is, on every way out.
-        self._serving.push_async_callback(writer.give_up)
+        address = await self._vm.serve(volume.volid, plan.format)
+        self._vm.before_serving_ends(writer.give_up)
         await writer.open(address)
         return writer
 
     def write_failed(self, key: str, error: NbdError) -> JobError:
         """Return the error for a write that the target storage refused."""
         storage = self._goal.volumes[key].plan.storage
-        full = error.errno == ENOSPC
-        return JobError(
-            f"No space left on storage {storage}: {error}."
-            if full
-            else f"storage {storage} refused a write: {error}.",
-            vm=str(self.vmid),
-            disk=key,
-            phase="write",
-            remedy="free space there or name another restore_storage."
-            if full
-            else "see the node's kernel log, or name another restore_storage.",
-        )
-
-    async def _allocate(self, plan: DiskPlan, storage: Storage) -> str:
-        there = await self._api.volumes(self._here, storage.name, vmid=self.vmid)
-        used = {v.volid for v in there} | {
-            v.volid for v in self._goal.volumes.values() if v.volid
-        }
-        number = 0
-        while any(f"vm-{self.vmid}-disk-{number}" in volid for volid in used):
-            number += 1
-        name = f"vm-{self.vmid}-disk-{number}"
-        in_files = storage.type in FILE_STORAGES
-        if in_files or plan.format == "qcow2":
-            name += f".{plan.format}"
-        expected = volume_id(storage, self.vmid, name)
-        self.journal.add("volumes", expected)
-        try:
-            volid = await self._api.allocate_volume(
-                self._here, storage.name, self.vmid, name, plan.size, plan.format
-            )
-        except PveRefusalError as error:
-            if error.status or error.reason is Reason.EXISTS:
-                self.journal.drop("volumes", expected)
-            raise JobError(
-                str(error),
-                vm=str(self.vmid),
-                disk=plan.source_key,
-                phase="allocate",
-                remedy=f"make room on {storage.name} or name another restore_storage.",
-            ) from error
-        if volid != expected:
-            self.journal.add("volumes", volid)
-            self.journal.drop("volumes", expected)
-        return volid
+        return self._vm.write_failed(key, storage, error)
 
     # --- the end ---------------------------------------------------------------------
 
@@ -479,10 +337,8 @@ class VmTarget:
                 await volume.writer.finish()
             except NbdError as error:
                 raise self.write_failed(key, error) from error
-        await self._stop_serving()
-        if self.journal.entry.locked:
-            await self._local.unlock(self.vmid)
-            self.journal.undone(locked=False)
+        await self._vm.stop_serving()
+        await self._vm.unlock()
         params: dict[str, str] = {}
         if self._plan is not None and (self._replaced or self._adopted):
             params.update(self._plan.params)
@@ -494,11 +350,7 @@ class VmTarget:
             self._here, self.vmid, params, delete=self._stale
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
-        # From here on the volumes are the VM's; nothing is taken back any more.
-        self.journal.undone(volumes=list(self._surplus), created=False, active=[])
-        for volid in self._surplus:
-            await self._local.free_volume(volid)
-            self.journal.drop("volumes", volid)
+        await self._vm.handed_over(self._surplus)
         await self._remove_replaced()
         self._write_firewall()
         for key, volume in self._goal.volumes.items():
@@ -509,27 +361,9 @@ class VmTarget:
                     f"{len(written.jobs)} jobs to {volume.volid}, received "
                     f"{written.received} bytes, superseded {written.superseded}"
                 )
-        self.journal.close()
-        self._journal = None
+        self._vm.done()
         if self._config.start_after and not self._config.disks:
-            await self._start()
-
-    async def _start(self) -> None:
-        """Start the VM; it is restored all the same where that fails."""
-        try:
-            await self._api.start_vm(self._here, self.vmid)
-        except PveplugError as error:
-            self._say.error(f"VM {self.vmid} is restored, but was not started: {error}")
-        else:
-            self._say.info(f"VM {self.vmid} was started")
-
-    async def _stop_serving(self) -> None:
-        """End every qemu-nbd, which says whether its image is whole."""
-        await self._serving.aclose()
-        for volid in list(self.journal.entry.active):
-            with contextlib.suppress(PveplugError):
-                await self._local.deactivate(volid)
-            self.journal.drop("active", volid)
+            await self._vm.start()
 
     async def _remove_replaced(self) -> None:
         """Free the old disks of an overwritten VM; PVE keeps them as unusedN."""
@@ -566,30 +400,4 @@ class VmTarget:
 
     async def aclose(self) -> None:
         """Undo what is unfinished; nothing where ``commit`` went through."""
-        await to_the_end(self._undo())
-
-    async def _undo(self) -> None:
-        """Never raise: what brought us here is what the job log must end with."""
-        try:
-            await self._serving.aclose()
-        except Exception as error:
-            log.warning("restore not served to its end: %s", error)
-        journal, self._journal = self._journal, None
-        try:
-            if journal is not None:
-                for line in await recover(self._node, self._local, journal.entry):
-                    self._say.info(f"VM {self.vmid}: undone: {line}")
-        except PveplugError as error:
-            self._say.error(str(error))
-        finally:
-            await self._holding.aclose()
-
-
-def _formats(storage: Storage) -> tuple[str, ...]:
-    """Return a storage's formats, its default first."""
-    default = storage.default_format
-    found = [
-        f for f in storage.formats if f in ("raw", "qcow2", "vmdk") and f != default
-    ]
-    first = [default] if default in ("raw", "qcow2", "vmdk") else []
-    return tuple(first + found) or ("raw",)
+        await self._vm.aclose()

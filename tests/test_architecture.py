@@ -40,11 +40,12 @@ LAYERS: Final = {
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm"),
+        *("source", "access", "newvm", "restore_vm", "import_vm"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
-        *("backup", "restore", "estimate", "verify", "dr.receiver", "dr.sender"),
+        *("backup", "restore", "restore_foreign", "estimate", "verify"),
+        *("dr.receiver", "dr.sender"),
     },
     "top": {
         "",
@@ -52,6 +53,7 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_import",
         "command_receiver",
         "command_repair",
         "command_replicas",
