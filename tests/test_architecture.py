@@ -40,7 +40,8 @@ LAYERS: Final = {
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "newvm", "restore_vm", "import_vm"),
+        *("source", "access", "newvm", "restore_vm"),
+        *("import_disk", "import_vm", "import_files"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
