@@ -20,6 +20,7 @@ from pveplug import (
     command_bitmaps,
     command_dr,
     command_import,
+    command_ir,
     command_receiver,
     command_repair,
     command_replicas,
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return command_dr.run(arguments)
             case "import":
                 return command_import.run(arguments)
+            case "ir":
+                return command_ir.run(arguments)
             case "pin":
                 return _pin(arguments.host, arguments.timeout)
             case "replicas":
@@ -93,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pveplug",
         description="Look after the Proxmox VE plug-in for Bacula.",
         epilog="Exit status: 0 all well; 2 wrong arguments; 69 a host does not answer; "
-        "78 the configuration is wrong; of repair also 1 and 75.",
+        "78 the configuration is wrong; of repair also 1 and 75; of ir also 130.",
     )
     parser.add_argument("--version", action="version", version=f"pveplug {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -140,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     command_replicas.add_parser(commands)
     command_dr.add_parser(commands)
     command_import.add_parser(commands)
+    command_ir.add_parser(commands)
     command_receiver.add_parser(commands)
     return parser
 

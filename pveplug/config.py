@@ -14,6 +14,8 @@ Nothing here touches the network or reads a secret; see ``Connection.resolve()``
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from typing import Any, Final, Literal
 from pveplug.errors import ConfigError
 from pveplug.node import Node
 from pveplug.parameter import Parameter
-from pveplug.parameters import PARAMETERS, lookup
+from pveplug.parameters import PARAMETERS, RESTORE_MODES, lookup
 from pveplug.pluginstring import (
     PLUGIN_NAME,
     is_vm_where,
@@ -207,6 +209,31 @@ class BackupConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Instant:
+    """How a VM runs while its disks still come; names are those of the parameters."""
+
+    overlay_storage: str | None = None
+    target_storage: str | None = None
+    auto_migrate: bool = True
+    timeout: int = 3600
+    nbd_bind: str | None = None
+    nbd_port: int = 0
+    bwlimit: int = 0
+    """KiB/s of the migration, 0 is unlimited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prove:
+    """What proves that a backup boots; names are those of the parameters."""
+
+    evidence: Literal["auto", "agent", "serial", "screen", "any"] = "auto"
+    serial: str | None = None
+    timeout: int = 300
+    memory: int | None = None
+    report: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreConfig:
     """Where a restore goes and what it makes of the VM.
 
@@ -237,6 +264,10 @@ class RestoreConfig:
     pool: str | None = None
     bwlimit: int = 0
     warnings: tuple[str, ...] = ()
+    instant: Instant | None = None
+    """With ``mode=instant`` and ``mode=prove``."""
+    prove: Prove | None = None
+    """With ``mode=prove``."""
 
     @property
     def wishes(self) -> Wishes:
@@ -406,7 +437,7 @@ def parse_import(
 
 def _check_import(config: RestoreConfig, values: Mapping[str, Any]) -> None:
     """Refuse what makes no sense for a VM that has never been here."""
-    for key in ("overwrite", "disks"):
+    for key in ("overwrite", "disks", "mode"):
         if values.get(key):
             raise ConfigError(
                 f"{key} is for a VM's own backups; an import makes a new VM", key=key
@@ -453,6 +484,7 @@ def _restore(
     target, reason = _target(where, menu)
     values = _layered(_layered(stored, menu), given)
     connection = _connection(values, node, warnings)
+    mode = _restore_mode(values, target, menu.keys() | given.keys())
     if target == "vm":
         connection.check()
         _check_restore(values)
@@ -480,6 +512,108 @@ def _restore(
         pool=get("restore_pool"),
         bwlimit=get("restore_bwlimit"),
         warnings=tuple(warnings),
+        instant=_instant(values) if mode else None,
+        prove=_prove(values) if mode == "prove" else None,
+    )
+    return config, values
+
+
+def _restore_mode(
+    values: Mapping[str, Any], target: str, asked: Iterable[str]
+) -> str | None:
+    """Return "instant" or "prove"; None: a plain restore.
+
+    Args:
+        asked: the keys given for this restore, not the FileSet's defaults.
+    """
+    mode = values.get("mode")
+    if mode is None:
+        for key in sorted(asked):
+            if PARAMETERS[key].group == "ir" or key == "bwlimit":
+                raise ConfigError(
+                    f"{key} is for instant recovery; give mode=instant, too "
+                    "(a plain restore is limited by restore_bwlimit)"
+                    if key == "bwlimit"
+                    else f"{key} is for mode=instant or mode=prove; give one, too",
+                    key=key,
+                )
+        return None
+    if mode not in RESTORE_MODES:
+        raise ConfigError(
+            f"mode={mode} is for backup jobs; a restore knows "
+            f"{' and '.join(f'mode={m}' for m in RESTORE_MODES)}, or none",
+            key="mode",
+        )
+    if target == "files":
+        raise ConfigError(
+            f"mode={mode} makes a VM, and where= names a directory; use where=/@pve/",
+            key="mode",
+        )
+    for key in ("disks", "overwrite"):
+        if values.get(key):
+            raise ConfigError(
+                f"mode={mode} makes a new VM; {key} is not possible with it", key=key
+            )
+    if mode == "prove":
+        for key in ("restore_vmid", "start_after", "ir_auto_migrate"):
+            if key in asked:
+                raise ConfigError(
+                    "mode=prove makes a VM for the proof alone and removes it; "
+                    f"{key} has no meaning there",
+                    key=key,
+                )
+    return str(mode)
+
+
+def _instant(values: Mapping[str, Any]) -> Instant:
+    bind = _value(values, "ir_nbd_bind")
+    if bind is not None and not _is_loopback(bind):
+        raise ConfigError(
+            f"ir_nbd_bind={bind}: not a loopback address. Proxmox VE gives a VM's "
+            "drive no certificates, so its disks would cross the network in plain "
+            "text; the VM runs on this node: leave ir_nbd_bind out",
+            key="ir_nbd_bind",
+        )
+    return Instant(
+        overlay_storage=_value(values, "ir_overlay_storage"),
+        target_storage=_value(values, "ir_target_storage"),
+        auto_migrate=_value(values, "ir_auto_migrate"),
+        timeout=_value(values, "ir_timeout"),
+        nbd_bind=bind,
+        nbd_port=_value(values, "ir_nbd_port"),
+        bwlimit=_value(values, "bwlimit"),
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _prove(values: Mapping[str, Any]) -> Prove:
+    pattern = _value(values, "prove_serial")
+    if pattern is not None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"prove_serial={pattern} is no regular expression: {error}",
+                key="prove_serial",
+            ) from None
+    evidence = _value(values, "prove_evidence")
+    if evidence == "serial" and pattern is None:
+        raise ConfigError(
+            "prove_evidence=serial needs prove_serial, what to look for",
+            key="prove_serial",
+        )
+    return Prove(
+        evidence=evidence,
+        serial=pattern,
+        timeout=_value(values, "prove_timeout"),
+        memory=_value(values, "prove_memory"),
+        report=_value(values, "prove_report"),
     )
     return config, values
 
@@ -503,7 +637,10 @@ def _flat(value: object, prefix: str) -> Iterable[tuple[str, str]]:
     for spec in dataclasses.fields(value):
         item = getattr(value, spec.name)
         name = f"{prefix}{spec.name}"
-        if isinstance(item, Connection | Selection | Capture | Replication | Peer):
+        if isinstance(
+            item,
+            Connection | Selection | Capture | Replication | Peer | Instant | Prove,
+        ):
             yield from _flat(item, f"{name}.")
         elif isinstance(item, SecretSource):
             yield name, f"{item.value} (from {item.key})"
@@ -551,7 +688,7 @@ def _old_words(text: str, warnings: list[str]) -> dict[str, str | None]:
         parameter = PARAMETERS.get(key)
         if parameter is None:
             warnings.append(f"the backup's plug-in string has {key}, unknown here")
-        elif parameter.group in ("connection", "restore"):
+        elif parameter.group in ("connection", "restore", "ir"):
             words[key] = value
     return words
 
@@ -574,7 +711,11 @@ def _target(where: str, menu: Mapping[str, Any]) -> tuple[Literal["vm", "files"]
     if not where.strip("/"):
         named = f"is {where}" if where else "is empty"
         return "vm", f"restoring to a VM, because where= {named}"
-    wishes = [key for key in menu if PARAMETERS[key].group == "restore"]
+    wishes = [
+        key
+        for key in menu
+        if PARAMETERS[key].group in ("restore", "ir") or key == "mode"
+    ]
     if wishes:
         return (
             "vm",
@@ -687,7 +828,11 @@ def _check_selection(selection: Selection) -> None:
 def _replication(values: Mapping[str, Any], warnings: list[str]) -> Replication | None:
     mode = _value(values, "mode")
     given = [key for key in values if PARAMETERS[key].group == "dr"]
-    if mode == "backup":
+    if mode == "instant":
+        raise ConfigError(
+            "mode=instant is for a restore: where=/@pve/mode=instant", key="mode"
+        )
+    if mode in ("backup", "prove"):
         if given:
             raise ConfigError(
                 f"{given[0]} is for disaster recovery, and mode=backup is none; give "

@@ -8,12 +8,14 @@
     commit      ── the configuration by description and boot disk, attach, hand over
 
 The description may come before, between or after the disks, so the VM is bare until
-all has come. :mod:`pveplug.newvm` undoes what isn't handed over.
+all has come. :mod:`pveplug.unfinished` undoes what isn't handed over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import re
 import uuid
 from collections.abc import Iterable
@@ -27,12 +29,17 @@ from pveplug.images.lineage import Link
 from pveplug.images.stream import Event, ImageInfo
 from pveplug.images.vmdk_set import base_name
 from pveplug.import_disk import ImportDisk
-from pveplug.newvm import NewVm
+from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.node import Node
-from pveplug.pve import PveApi
+from pveplug.pve import PveApi, Storage
 from pveplug.pve_local import PveLocal
+from pveplug.restore_vm import ZEROED_STORAGES, formats_of, write_refused
+from pveplug.tasks import to_the_end
+from pveplug.unfinished import UnfinishedVm
 from pveplug.units import MiB
 from pveplug.vmrestore import DiskPlan, TargetStorage
+
+log = logging.getLogger(__name__)
 
 _FOOTER: Final = 512
 """Of a fixed VHD, behind its disk."""
@@ -40,8 +47,8 @@ _FOOTER: Final = 512
 
 @dataclass(slots=True)
 class _Volume:
-    plan: DiskPlan
     disk: ImportDisk
+    form: str
     volid: str = ""
 
 
@@ -69,15 +76,19 @@ class ImportVm:
         self._api = api
         self._job = job
         self._say = say
-        self._vm = NewVm(node, api, local, config.common.connection.node, say)
-        self._storages: dict[str, TargetStorage] = {}
+        self._node = node
+        self._local = local
+        self._here = config.common.connection.node
+        self._made = UnfinishedVm(node, self._here, api, local, say)
+        self._serving = contextlib.AsyncExitStack()
+        self._storages: dict[str, Storage] = {}
         self._volumes: list[_Volume] = []
         self._making = asyncio.Lock()  # of disks that begin at the same time
 
     @property
     def vmid(self) -> int:
         """The VM's id; 0 before there is one."""
-        return self._vm.vmid
+        return self._made.vmid
 
     @property
     def disks(self) -> tuple[ImportDisk, ...]:
@@ -94,8 +105,8 @@ class ImportVm:
             JobError: the id is taken.
         """
         config = self._config
-        self._storages = await self._vm.look()
-        self._format()
+        self._storages = {s.name: s for s in await self._api.storages(self._here)}
+        form = self._format()
         if config.vmid is not None:
             for found in await self._api.resources():
                 if found.vmid == config.vmid:
@@ -110,36 +121,36 @@ class ImportVm:
             "name": "import-" + plain_name(self.name),
             "smbios1": f"uuid={uuid.uuid4()}",
         }
-        if config.common.pool:
-            params["pool"] = config.common.pool
-        await self._vm.create(self._job, config.vmid, params)
-        await self._vm.lock()
+        await self._made.create(self._job, config.vmid, params, config.common.pool)
+        await self._made.lock()
         self._say.info(
             f"{self.name} is imported to VM {self.vmid}, its disks to "
-            f"{config.common.storage} ({self._format()})"
+            f"{config.common.storage} ({form})"
         )
 
+    def _targets(self) -> dict[str, TargetStorage]:
+        return {
+            s.name: TargetStorage(s.name, formats_of(s))
+            for s in self._storages.values()
+            if s.holds_images and s.active and s.enabled
+        }
+
     def _format(self) -> str:
-        name = self._config.common.storage or ""
-        storage = self._storages.get(name)
-        if storage is None:
-            there = ", ".join(sorted(self._storages)) or "none"
+        name, targets = self._config.common.storage or "", self._targets()
+        if name not in targets:
             raise ConfigError(
                 f"no storage {name} for disk images on this node (or no "
-                f"Datastore.AllocateSpace on /storage/{name}); it has {there}. Give "
-                "restore_storage",
+                f"Datastore.AllocateSpace on /storage/{name}); it has "
+                f"{', '.join(sorted(targets)) or 'none'}. Give restore_storage",
                 key="restore_storage",
             )
-        wanted = self._config.common.disk_format
-        if wanted == "keep":
-            return storage.formats[0]
-        if wanted not in storage.formats:
+        formats, wanted = targets[name].formats, self._config.common.disk_format
+        if wanted != "keep" and wanted not in formats:
             raise ConfigError(
-                f"disk_format={wanted}: storage {name} can hold "
-                f"{', '.join(storage.formats)}",
+                f"disk_format={wanted}: storage {name} can hold {', '.join(formats)}",
                 key="disk_format",
             )
-        return wanted
+        return formats[0] if wanted == "keep" else wanted
 
     # --- disks -----------------------------------------------------------------------
 
@@ -222,27 +233,41 @@ class ImportVm:
                 "is a raw image of unknown length.",
                 "import it with pveplug import --size.",
             )
-        config = self._config
         async with self._making:
             if not self._volumes and not self.vmid:
                 await self.begin()
-            storage = config.common.storage or ""
-            plan = DiskPlan(file, "", size, storage, self._format())
-            disk = ImportDisk(
-                file,
-                size,
-                zeroed=self._vm.zeroed(storage),
-                verify=config.verify,
-                clips=size is not None and info.size is not None and info.size > size,
+            volume = await self._volume(file, size, info)
+        return volume.disk
+
+    async def _volume(self, file: str, size: int, info: ImageInfo) -> _Volume:
+        storage = self._storages[self._config.common.storage or ""]
+        form = self._format()
+        disk = ImportDisk(
+            file,
+            size,
+            zeroed=storage.type in ZEROED_STORAGES,
+            verify=self._config.verify,
+            clips=info.size is not None and info.size > size,
+        )
+        volume = _Volume(disk, form)
+        used = [v.volid for v in self._volumes]
+        self._volumes.append(volume)
+        volume.volid = await self._made.allocate(
+            storage, size, form, used=used, disk=base_name(file)
+        )
+        address = await self._serving.enter_async_context(
+            qemu_nbd(
+                self._node,
+                await self._made.activate(volume.volid),
+                form,
+                socket_dir=self._node.runtime_dir,
+                read_only=False,
             )
-            volume = _Volume(plan, disk)
-            self._volumes.append(volume)
-            others = [v.volid for v in self._volumes]
-            volume.volid = await self._vm.volume(plan, others)
-            address = await self._vm.serve(volume.volid, plan.format)
-            self._vm.before_serving_ends(disk.give_up)
-            await disk.open(address)
-        return disk
+        )
+        # Closed before its qemu-nbd is, on every way out.
+        self._serving.push_async_callback(disk.give_up)
+        await disk.open(address)
+        return volume
 
     async def take(self, disk: ImportDisk, events: Iterable[Event]) -> None:
         """Write what a reader told of the image that was begun on a disk.
@@ -253,21 +278,21 @@ class ImportVm:
         try:
             await disk.take(events)
         except NbdError as error:
-            raise self._vm.write_failed(
-                disk.name, self._config.common.storage or "", error
-            ) from error
+            raise self._write_refused(disk, error) from error
 
     async def end(self, disk: ImportDisk, modified: int | None = None) -> None:
         """Take the image that was begun on a disk for whole."""
         try:
             await disk.end(modified)
         except NbdError as error:
-            raise self._vm.write_failed(
-                disk.name, self._config.common.storage or "", error
-            ) from error
+            raise self._write_refused(disk, error) from error
         for text in disk.notes:
             self._say.warning(text)
         disk.notes.clear()
+
+    def _write_refused(self, disk: ImportDisk, error: NbdError) -> JobError:
+        storage = self._config.common.storage or ""
+        return write_refused(self.vmid, base_name(disk.name), storage, error)
 
     def _refused(self, file: str, text: str, remedy: str) -> JobError:
         return JobError(
@@ -280,9 +305,176 @@ class ImportVm:
 
     # --- the end ---------------------------------------------------------------------
 
+    async def commit(self, files: Mapping[str, bytes]) -> None:
+        """Give the VM its configuration and its disks, and hand it over.
+
+        Args:
+            files: small files that may describe it.
+
+        Raises:
+            JobError: a disk isn't whole, or isn't what was read.
+        """
+        if not self._volumes:
+            raise JobError(
+                "no disk came.",
+                vm=self.name,
+                phase="import",
+                remedy="select the VM's disks, too.",
+            )
+        described = self._described(files)
+        names = {volume.disk.name: volume for volume in self._volumes}
+        bound = bind(described, list(names), self._say)
+        facts = {}
+        for key, name in bound.names.items():
+            facts[key] = await self._facts(names[name].disk)
+        plan = await self._plan(bound.description, facts)
+        if self._config.verify:
+            for volume in self._volumes:
+                await self._read_back(volume.disk)
+        for volume in self._volumes:
+            try:
+                await volume.disk.finish()
+            except NbdError as error:
+                raise self._write_refused(volume.disk, error) from error
+        await self._serving.aclose()
+        await self._made.deactivate_all()
+        await self._made.unlock()
+        params = {**plan.restore.params, **plan.fresh, **plan.restore.late_params}
+        places = {}
+        for disk in plan.restore.disks:
+            volume = names[bound.names[disk.source_key]]
+            params[disk.key] = disk.drive_value(volume.volid)
+            places[volume.disk.name] = disk.key
+        self._expect(plan.fresh)
+        for text in await self._api.update_config(self._here, self.vmid, params):
+            self._say.warning(f"VM {self.vmid}: {text}")
+        # From here on the volumes are the VM's; nothing is taken back any more.
+        self._made.journal.undone(volumes=[], created=False, active=[])
+        for volume in self._volumes:
+            disk = volume.disk
+            self._say.info(
+                f"VM {self.vmid} {places[disk.name]}: {disk.name} imported to "
+                f"{volume.volid}: {disk.summary()}"
+            )
+        self._made.handed_over()
+        self._tell(plan)
+        if self._config.common.start_after:
+            await self._start()
+
+    def _described(self, files: Mapping[str, bytes]) -> GuestDescription:
+        """Return the description with the operator's wishes laid over it.
+
+        Raises:
+            JobError: it is damaged, or there are two.
+        """
+        config = self._config
+        try:
+            found = read_description(files)
+        except DescriptionError as error:
+            if any(describes(data) for data in files.values()):
+                raise JobError(
+                    f"{error}.",
+                    vm=str(self.vmid),
+                    phase="import",
+                    remedy="leave that file out: the VM is then made by import_cores, "
+                    "import_memory and import_firmware.",
+                ) from error
+            found = GuestDescription(
+                "no description",
+                name=plain_name(self.name),
+                cores=config.cores or CORES,
+                memory_mib=config.memory_mib or MEMORY_MIB,
+            )
+            self._say.warning(
+                f"no description of {self.name} came (OVF, VMX, Hyper-V XML, JSON): "
+                f"the VM gets {found.cores} cores, {found.memory_mib} MiB, no network "
+                "card, and its firmware by the boot disk; import_cores, import_memory "
+                "and import_firmware say otherwise"
+            )
+        if config.cores:
+            found = replace(found, sockets=1, cores=config.cores, threads=1)
+        if config.memory_mib:
+            found = replace(found, memory_mib=config.memory_mib, memory_min_mib=None)
+        if config.firmware != "auto":
+            found = replace(found, firmware=Firmware(config.firmware))
+        return found
+
+    async def _facts(self, disk: ImportDisk) -> DiskFacts:
+        head, tail = await disk.edges(HEAD_BYTES, TAIL_BYTES)
+        sector = disk.top.info.sector if disk.top else 512
+        return DiskFacts(disk.size, sector, look_at(head, tail, disk.size))
+
+    async def _plan(
+        self, description: GuestDescription, facts: Mapping[str, DiskFacts]
+    ) -> PvePlan:
+        connection = self._config.common.connection
+        target = Target(storages=self._targets(), is_root=connection.user == "root@pam")
+        return to_pve(
+            description,
+            self._config.common.wishes,
+            target,
+            disks=facts,
+            fresh_uuid=str(uuid.uuid4()),
+        )
+
+    async def _read_back(self, disk: ImportDisk) -> None:
+        try:
+            await disk.read_back()
+        except IntegrityError as error:
+            raise JobError(
+                f"{error}.",
+                vm=str(self.vmid),
+                disk=base_name(disk.name),
+                phase="verify",
+                remedy="see the node's kernel log; name another restore_storage.",
+            ) from error
+
+    def _expect(self, fresh: Mapping[str, str]) -> None:
+        """Note the volumes that PVE may make itself, should we be killed meanwhile."""
+        used = {volume.volid for volume in self._volumes}
+        for value in fresh.values():
+            storage = self._storages[value.partition(":")[0]]
+            for number in range(len(used) + len(fresh)):
+                name = f"vm-{self.vmid}-disk-{number}"
+                for suffix in ("", *(f".{form}" for form in formats_of(storage))):
+                    volid = volume_id(storage, self.vmid, name + suffix)
+                    if volid not in self._made.journal.entry.volumes:
+                        self._made.journal.add("volumes", volid)
+
+    def _tell(self, plan: PvePlan) -> None:
+        """Say what became of the description, and what to do next."""
+        for what, why in plan.restore.dropped:
+            self._say.info(f"{what} is not taken over: {why}")
+        for text in plan.notes:
+            self._say.info(text)
+        for text in plan.restore.warnings:
+            self._say.warning(text)
+        self._say.info(
+            f"VM {self.vmid}: {plan.system.label}, starts by "
+            f"{plan.firmware.value.upper()} ({plan.why})"
+        )
+        for text in plan.steps(self.vmid):
+            self._say.info(f"next: {text}")
+
+    async def _start(self) -> None:
+        """Start the VM; it is there all the same where that fails."""
+        try:
+            await self._api.start_vm(self._here, self.vmid)
+        except PveplugError as error:
+            self._say.error(f"VM {self.vmid} is imported, but was not started: {error}")
+        else:
+            self._say.info(f"VM {self.vmid} was started")
+
     async def aclose(self) -> None:
         """Undo what is unfinished; nothing where ``commit`` went through."""
-        await self._vm.aclose()
+        await to_the_end(self._undo())
+
+    async def _undo(self) -> None:
+        try:
+            await self._serving.aclose()
+        except Exception as error:
+            log.warning("import not served to its end: %s", error)
+        await self._made.undo()
 
 
 def plain_name(text: str) -> str:

@@ -41,6 +41,13 @@ class Node:
     """Sockets and locks of running jobs; mode 0700."""
     scratch_dir: str = "/var/lib/podheitor-proxmox/scratch"
     """Where copy-before-write scratch images go unless fleecing_storage is set."""
+    landing_dir: str = "/var/lib/podheitor-proxmox/landing"
+    """Where the disks of instant recoveries land; needs room for their data."""
+    systemctl: str = "/usr/bin/systemctl"
+    keeper: str = "unit"
+    """What serves the disks of an instant recovery: ``unit``, the systemd unit
+    podheitor-proxmox-ir@VMID.service; ``child``: a process of its own, for a system
+    without systemd."""
     pve_host: str = "127.0.0.1"
     pve_port: int = 8006
     pve_node: str = ""

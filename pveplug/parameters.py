@@ -14,6 +14,7 @@ from pveplug import values as v
 from pveplug.errors import ConfigError
 from pveplug.parameter import Parameter, secret_rows
 from pveplug.parameters_dr import dr_rows
+from pveplug.parameters_ir import ir_rows
 
 GROUPS: Final = {
     "general": "What to do",
@@ -23,6 +24,7 @@ GROUPS: Final = {
     "restore": "Where a restore goes",
     "import": "What an import makes of another hypervisor's VM",
     "dr": "Disaster recovery",
+    "ir": "Instant recovery and proof",
 }
 
 DR_MODES: Final = (
@@ -39,6 +41,8 @@ DR_MODES: Final = (
     "status",
 )
 """What disaster recovery can do; docs/dr.md."""
+RESTORE_MODES: Final = ("instant", "prove")
+"""What a restore job can be besides a plain restore."""
 _OTHER_MODES: Final = {
     "receiver": "the receiver is a daemon of its own on the DR node, not a job: "
     "podheitor-proxmox-receiver@NAME.service",
@@ -60,9 +64,6 @@ _OTHER_TYPES: Final = {
         if mode != "incremental"
     },
 }
-_LATER_KEYS: Final = {
-    "ir_": "instant recovery",
-}
 # What the values mean for another key that people try first.
 _SYNONYMS: Final = {
     "vm": "name",
@@ -82,14 +83,17 @@ _SYNONYMS: Final = {
 def _rows() -> Iterator[Parameter]:
     yield Parameter(
         "mode",
-        v.choice("backup", *DR_MODES, later=_OTHER_MODES),
+        v.choice("backup", *DR_MODES, *RESTORE_MODES, later=_OTHER_MODES),
         "backup",
         "general",
         "which engine does the job",
         "Orthogonal to the level: Full, Incremental and Differential are Bacula's and "
-        "stand in the Job or Schedule. All but backup are disaster recovery "
+        "stand in the Job or Schedule. seed to status are disaster recovery "
         "(docs/dr.md): mode=incremental is a replication cycle, whatever Bacula's "
-        "level.",
+        "level. instant is for a restore: the VM runs while its disks still come "
+        "(docs/instant.md). prove, of a restore or as a job of its own, boots the "
+        "newest backup in isolation and removes it again (docs/prove.md).",
+        restore_option=True,
     )
     yield Parameter(
         "backup_type",
@@ -337,7 +341,14 @@ def _capture_rows() -> Iterator[Parameter]:
         "max_parallel_disks", v.integer(1, 16), 2, group, "disks of a VM read at once"
     )
     yield Parameter(
-        "bwlimit", v.RATE, 0, group, "limit of reading, per job", default_text="0, none"
+        "bwlimit",
+        v.RATE,
+        0,
+        group,
+        "limit of reading, per job",
+        "In a restore with mode=instant: of moving the disks to their storage.",
+        restore_option=True,
+        default_text="0, none",
     )
     yield Parameter(
         "offsets",
@@ -472,6 +483,7 @@ def _restore_rows() -> Iterator[Parameter]:
     yield row("restore_bwlimit", v.RATE, 0, "limit of writing", "", "0, none")
     yield from _import_rows()
     yield from dr_rows()
+    yield from ir_rows()
 
 
 def _import_rows() -> Iterator[Parameter]:
@@ -554,9 +566,6 @@ def _restore_names() -> list[str]:
 
 
 def _unknown(key: str, restore_only: bool) -> str:
-    for prefix, feature in _LATER_KEYS.items():
-        if key.startswith(prefix):
-            return f"{key} comes with {feature}, which this version does not have"
     if key in _SYNONYMS:
         return f"unknown parameter {key}; use {_SYNONYMS[key]}"
     known = _restore_names() if restore_only else list(PARAMETERS)

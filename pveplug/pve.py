@@ -408,6 +408,15 @@ class PveApi(SnapshotCalls):
         where = path("nodes", node, "storage")
         return values.parse_storages(await self.get(where, format=True))
 
+    async def storage_settings(self) -> dict[str, dict[str, str]]:
+        """Return what ``storage.cfg`` says of each storage one may see, by name."""
+        rows = await self.get(path("storage"))
+        return {
+            str(row["storage"]): {str(k): str(v) for k, v in row.items()}
+            for row in rows or []
+            if isinstance(row, dict) and "storage" in row
+        }
+
     async def volumes(
         self, node: str, storage: str, *, vmid: int | None = None
     ) -> list[Volume]:

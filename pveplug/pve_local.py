@@ -16,7 +16,8 @@ import os
 import re
 import signal
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from pveplug.errors import CommandError, TransportError
 from pveplug.node import Node
 from pveplug.proto.pve_refusal import Reason, classify
 from pveplug.proto.pve_values import VmConfig, parse_qm_config
+from pveplug.tasks import to_the_end
 
 _MAX_OUTPUT: Final = 1024 * 1024
 _MAX_FIREWALL: Final = 1024 * 1024
@@ -245,6 +247,61 @@ class PveLocal:
             raise
         return True
 
+    # --- a VM as a whole -----------------------------------------------------------
+
+    async def suspend(self, vmid: int) -> None:
+        """Pause the VM's processors; it goes on with :meth:`resume`."""
+        await self._run([self.node.qm, "suspend", str(vmid)])
+
+    async def resume(self, vmid: int) -> None:
+        """Let a paused VM go on."""
+        await self._run([self.node.qm, "resume", str(vmid)])
+
+    async def stop_vm(self, vmid: int) -> None:
+        """Stop the VM at once, as if its power failed, whatever lock it carries."""
+        argv = [self.node.qm, "stop", str(vmid), "--skiplock", "1"]
+        await self._run(argv, timeout_s=_FREE_S)
+
+    async def set_values(
+        self, vmid: int, values: Mapping[str, str], *, delete: Sequence[str] = ()
+    ) -> None:
+        """Change the VM's configuration as root."""
+        argv = [self.node.qm, "set", str(vmid)]
+        for key, value in values.items():
+            argv += [f"--{key}", value]
+        if delete:
+            argv += ["--delete", ",".join(delete)]
+        await self._run(argv)
+
+    async def move_disk(
+        self,
+        vmid: int,
+        key: str,
+        storage: str,
+        *,
+        form: str | None = None,
+        bwlimit: int = 0,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Move a disk to another storage, online where the VM runs; the old one goes.
+
+        Takes as long as it takes. Cancelled, PVE is asked to undo what it began.
+
+        Args:
+            form: image format; None: as it is, where the storage can.
+            bwlimit: KiB/s, 0 is unlimited.
+            on_line: is told each line that PVE prints, its progress.
+
+        Raises:
+            ProgramError: the disk stays where it was.
+        """
+        argv = [self.node.qm, "disk", "move", str(vmid), key, storage, "--delete", "1"]
+        if form:
+            argv += ["--format", form]
+        if bwlimit:
+            argv += ["--bwlimit", str(bwlimit)]
+        await run_long(argv, on_line=on_line)
+
     # --- files ---------------------------------------------------------------------
 
     async def firewall(self, vmid: int) -> str | None:
@@ -387,6 +444,63 @@ async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) ->
     if overflow:
         raise ProgramError(argv, 0, f"it printed more than {_MAX_OUTPUT} bytes")
     return printed.decode("utf-8", "surrogateescape")
+
+
+async def run_long(
+    argv: list[str], *, on_line: Callable[[str], None], gentle_s: float = 60.0
+) -> None:
+    """Run a program that may take hours and tells how far it is.
+
+    Cancelled, the program is asked to end (SIGTERM) and has ``gentle_s`` to undo what
+    it began.
+
+    Raises:
+        ProgramError: it can't be started, or failed; the last lines say why.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C", "LANG": "C"},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ProgramError(argv, 127, f"{error.strerror or error}") from error
+    last: deque[str] = deque(maxlen=20)
+    assert process.stdout is not None  # noqa: S101 - asked for above
+    try:
+        while line := await _line(process.stdout):
+            text = line.decode("utf-8", "replace").strip()
+            last.append(text)
+            on_line(text)
+        status = await process.wait()
+    finally:
+        if process.returncode is None:
+            await to_the_end(_ended(process, gentle_s))
+    if status != 0:
+        raise ProgramError(argv, status, "\n".join(last))
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    """Return the next line, or a piece of one that is too long; b"": the end."""
+    try:
+        return await stream.readuntil(b"\n")
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    except asyncio.LimitOverrunError as error:
+        return await stream.read(max(error.consumed, 1))
+
+
+async def _ended(process: asyncio.subprocess.Process, gentle_s: float) -> None:
+    for number, wait_s in ((signal.SIGTERM, gentle_s), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await process.wait()
+                return
 
 
 async def _bounded(stream: asyncio.StreamReader | None) -> tuple[bytes, bool]:

@@ -41,6 +41,8 @@ from pveplug.images.chain import (
 )
 from pveplug.images.evidence import JobEvidence, Paper, is_paper
 from pveplug.images.manifest import LAYOUT_FILE, PREFIX, DiskEntry
+from pveplug.ir.landing import LandingError
+from pveplug.ir.target import InstantTarget
 from pveplug.node import Node
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
@@ -240,7 +242,7 @@ class Restore:
                 version=evidence.best.version if evidence.best else 1,
             )
             evidence.image(entry.key, root)
-        except NbdError as error:
+        except (NbdError, LandingError) as error:
             raise vm.target.write_failed(key, error) from error
         except (JobError, IntegrityError, RemoteProtocolError):
             raise
@@ -326,14 +328,12 @@ class Restore:
                 key="restore_vmid",
             )
         limit = RateLimit(config.bwlimit * KiB)
-        target = VmTarget(
-            config,
-            self._node,
-            api,
-            local,
-            Goal(manifest, vm.chain),
-            limit,
-            self._session,
+        goal = Goal(manifest, vm.chain)
+        common = (self._node, api, local, goal, limit, self._session)
+        target = (
+            VmTarget(config, *common)
+            if config.instant is None
+            else InstantTarget(config, config.instant, *common)
         )
         stack.push_async_callback(target.aclose)
         await target.begin(self._session.job.name)

@@ -29,12 +29,27 @@ from pveplug.images.qcow2_reader import (
     ImageHeader,
     Qcow2StreamReader,
 )
-from pveplug.nbd.client import Address, NbdClient, connect
+from pveplug.nbd.client import Address, connect
 from pveplug.nbd.sink import NbdSink
 
 
 class Limit(Protocol):
     async def spend(self, size: int) -> None: ...
+
+
+class DiskSink(Protocol):
+    """What a disk is written to; offsets and lengths in bytes.
+
+    ``write`` has copied or written what it was given when it returns, later calls win
+    over earlier ones, a failure is raised from the next call and every one after it,
+    and only ``finish`` says that all is well.
+    """
+
+    async def write(self, offset: int, data: memoryview) -> None: ...
+
+    async def zero(self, offset: int, length: int) -> None: ...
+
+    async def finish(self) -> None: ...
 
 
 class Image(Protocol):
@@ -77,14 +92,14 @@ class DiskWriter:
     ) -> None:
         self.key = key
         self.written = Written()
-        self.client: NbdClient | None = None
         self.size = chain.final_size(key) if chain else 0
         self._chain = chain
         self._owners = chain is not None and chain.mapped(key)
         self._zeroed = zeroed
         self._limit = limit
         self._stack = contextlib.AsyncExitStack()
-        self._sink: NbdSink | None = None
+        self._sink: DiskSink | None = None
+        self._room = 0  # bytes of what is written to
         self._missing = set(chain.members(key)) if chain else set[str]()
 
     @property
@@ -101,21 +116,25 @@ class DiskWriter:
         """Connect to the volume and zero what nobody will write."""
         client = await connect(address)
         self._stack.push_async_callback(client.aclose)
-        if client.size < self.size:
-            raise IntegrityError(
-                f"the volume has {client.size} bytes, the disk {self.size}"
-            )
-        self.client = client
-        self._sink = await self._stack.enter_async_context(NbdSink(client))
+        await self.begin(NbdSink(client), client.size)
+
+    async def begin(
+        self, sink: contextlib.AbstractAsyncContextManager[DiskSink], room: int
+    ) -> None:
+        """Write to ``sink``, which has ``room`` bytes and is left by ``finish``."""
+        if room < self.size:
+            raise IntegrityError(f"the volume has {room} bytes, the disk {self.size}")
+        self._room = room
+        self._sink = await self._stack.enter_async_context(sink)
         if self._zeroed:
             return
         if self._chain is None or not self._owners:
-            await self._sink.zero(0, client.size)
+            await self._sink.zero(0, room)
             return
         for extent in self._chain.never_written(self.key):
             await self._sink.zero(extent.offset, extent.length)
-        if self.size < client.size:
-            await self._sink.zero(self.size, client.size - self.size)
+        if self.size < room:
+            await self._sink.zero(self.size, room - self.size)
 
     async def receive(
         self,
@@ -188,7 +207,9 @@ class DiskWriter:
                 # reads zero by itself there is nothing to do, each is written once.
                 await self._zero_owned(sink, event, owned)
 
-    async def _check_header(self, job: str, header: ImageHeader, sink: NbdSink) -> None:
+    async def _check_header(
+        self, job: str, header: ImageHeader, sink: DiskSink
+    ) -> None:
         if self._owners:
             return  # the chain has checked the manifests, and order doesn't matter
         if header.backing is not None:
@@ -199,24 +220,24 @@ class DiskWriter:
                     f"job {job} builds on job {parent}, but what came before it is "
                     f"{last}; a member of the chain is missing, or comes out of order"
                 )
-        if self.client is not None and header.size > self.client.size:
+        if self._room and header.size > self._room:
             raise IntegrityError(
                 f"job {job}: the disk grew to {header.size} bytes within the chain and "
                 "the catalogue has no restore objects; restore to files "
                 "(where=/directory) and import those"
             )
-        if header.backing is None and self.written.jobs and self.client is not None:
+        if header.backing is None and self.written.jobs:
             # It was read whole in mid chain: what came before counts no more.
-            await sink.zero(0, self.client.size)
+            await sink.zero(0, self._room)
 
-    async def _replay(self, sink: NbdSink, event: GuestData | GuestZero) -> None:
+    async def _replay(self, sink: DiskSink, event: GuestData | GuestZero) -> None:
         if isinstance(event, GuestData):
             await sink.write(event.offset, event.data)
         elif self.written.jobs:
             await sink.zero(event.offset, event.length)
 
     async def _write_owned(
-        self, sink: NbdSink, event: GuestData, owned: ClusterMap
+        self, sink: DiskSink, event: GuestData, owned: ClusterMap
     ) -> None:
         end = min(event.offset + event.length, owned.size)
         if end < event.offset + event.length:
@@ -233,7 +254,7 @@ class DiskWriter:
             await sink.write(run.offset, event.data[start : start + run.length])
 
     async def _zero_owned(
-        self, sink: NbdSink, event: GuestZero, owned: ClusterMap
+        self, sink: DiskSink, event: GuestZero, owned: ClusterMap
     ) -> None:
         end = min(event.offset + event.length, owned.size)
         if event.offset >= end:

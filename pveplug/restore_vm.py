@@ -1,28 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target of a restore: what :mod:`pveplug.newvm` makes, as the backup has it.
+"""The target of a restore: a VM that comes into being, or nothing at all.
 
-An existing VM is only touched at the very end, when all its new disks are whole.
+::
+
+    claim the VMID ── create without disks ── lock ── per disk: allocate, serve, fill
+        ── unlock ── attach the disks, set what must come last ── firewall ── start
+
+Everything made is in the journal before it is made, so a failure at any point (a kill
+included) ends with no VM, no volume and no lock. An existing VM is only touched at the
+very end, when all its new disks are whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from pveplug.config import RestoreConfig
-from pveplug.errors import JobError, NbdError, PveplugError
+from pveplug.errors import JobError, NbdError, PveplugError, RequestError
 from pveplug.events import Reporter
 from pveplug.images.chain import Chain
 from pveplug.images.manifest import Manifest
-from pveplug.journal import Journal
-from pveplug.newvm import NewVm
+from pveplug.nbd.client import UnixAddress
+from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.node import Node
-from pveplug.pve import PveApi, Resource
+from pveplug.proto.pve_values import FILE_STORAGES
+from pveplug.pve import PveApi, Resource, Storage
 from pveplug.pve_local import PveLocal
 from pveplug.restore_disk import DiskWriter, Limit
+from pveplug.tasks import to_the_end
+from pveplug.unfinished import UnfinishedVm
 from pveplug.vmconfig import drives, smbios_uuid
 from pveplug.vmrestore import (
     DiskPlan,
@@ -34,9 +47,18 @@ from pveplug.vmrestore import (
     transform_for_restore,
 )
 
+log = logging.getLogger(__name__)
+
+ENOSPC: Final = 28
+"""As the NBD protocol numbers it."""
+ZEROED_STORAGES: Final = FILE_STORAGES | {"lvmthin", "zfspool", "rbd", "zfs"}
+"""Where a fresh volume reads as zeroes; thick LVM shows what was there before."""
+
 
 @dataclass(slots=True)
-class _Volume:
+class Volume:
+    """A disk on its way to its volume."""
+
     plan: DiskPlan
     volid: str = ""
     writer: DiskWriter | None = None
@@ -49,7 +71,7 @@ class Goal:
     manifest: Manifest
     """Of the newest backup; where it is unknown, what is known so far."""
     chain: Chain | None
-    volumes: dict[str, _Volume] = field(default_factory=dict)
+    volumes: dict[str, Volume] = field(default_factory=dict)
 
 
 class VmTarget:
@@ -72,9 +94,10 @@ class VmTarget:
         self._goal = goal
         self._limit = limit
         self._say = say
-        self._vm = NewVm(node, api, local, config.connection.node, say)
-        self._here = self._vm.here
-        self._storages: dict[str, TargetStorage] = {}
+        self._here = config.connection.node
+        self._made = UnfinishedVm(node, config.connection.node, api, local, say)
+        self._serving = contextlib.AsyncExitStack()
+        self._storages: dict[str, Storage] = {}
         self._replaced: dict[str, str] = {}
         self._plan: RestorePlan | None = None
         self._adopted = False
@@ -84,26 +107,21 @@ class VmTarget:
         """Volumes of disks that its newest configuration doesn't have."""
 
     @property
+    def vmid(self) -> int:
+        """The VM's id; 0 until it is known."""
+        return self._made.vmid
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Keys of the backup's disks that are restored."""
         return tuple(self._goal.volumes)
-
-    @property
-    def vmid(self) -> int:
-        """The VM's id; 0 before there is one."""
-        return self._vm.vmid
-
-    @property
-    def journal(self) -> Journal:
-        """The open journal."""
-        return self._vm.journal
 
     # --- the beginning ---------------------------------------------------------------
 
     async def begin(self, job: str) -> None:
         """Claim the VMID and make what the disks will be attached to."""
         manifest = self._goal.manifest
-        self._storages = await self._vm.look()
+        self._storages = {s.name: s for s in await self._api.storages(self._here)}
         resources = {r.vmid: r for r in await self._api.resources()}
         if self._config.disks:
             await self._begin_disks(job, resources)
@@ -136,18 +154,17 @@ class VmTarget:
             self._say.info(f"{key} is not taken over: {why}")
         for text in self._plan.warnings:
             self._say.warning(text)
-        self._goal.volumes = {p.source_key: _Volume(p) for p in self._plan.disks}
+        self._goal.volumes = {p.source_key: Volume(p) for p in self._plan.disks}
         if wanted is not None and wanted in resources:
-            await self._vm.hold(wanted, job)
+            await self._made.hold(wanted, job)
             config = await self._api.vm_config(self._here, wanted)
             self._replaced = {
                 d.key: d.file for d in drives(config.values) if not d.is_cdrom
             }
-            await self._vm.lock()
+            await self._made.lock()
             return
-        pool = {"pool": self._config.pool} if self._config.pool else {}
-        await self._vm.create(job, wanted, {**self._plan.params, **pool})
-        await self._vm.lock()
+        await self._made.create(job, wanted, self._plan.params, self._config.pool)
+        await self._made.lock()
 
     async def _begin_disks(self, job: str, resources: Mapping[int, Resource]) -> None:
         manifest = self._goal.manifest
@@ -163,7 +180,7 @@ class VmTarget:
         if resources[wanted].node != self._here:
             raise self._elsewhere(wanted, resources[wanted].node)
         target = await self._target(resources, replaced=wanted)
-        await self._vm.hold(wanted, job)
+        await self._made.hold(wanted, job)
         existing = await self._api.vm_config(self._here, wanted)
         plans = plan_single_disks(
             manifest.config,
@@ -173,7 +190,7 @@ class VmTarget:
             target,
             disk_sizes=self._sizes(),
         )
-        self._goal.volumes = {p.source_key: _Volume(p) for p in plans}
+        self._goal.volumes = {p.source_key: Volume(p) for p in plans}
 
     def _sizes(self) -> dict[str, int]:
         chain = self._goal.chain
@@ -196,6 +213,11 @@ class VmTarget:
     async def _target(
         self, resources: Mapping[int, Resource], replaced: int | None
     ) -> Target:
+        storages = {
+            s.name: TargetStorage(s.name, formats_of(s))
+            for s in self._storages.values()
+            if s.holds_images and s.active and s.enabled
+        }
         manifest = self._goal.manifest
         twin = resources.get(manifest.vmid)
         there = False
@@ -204,7 +226,7 @@ class VmTarget:
                 config = await self._api.vm_config(twin.node, twin.vmid)
                 there = smbios_uuid(config.values) == manifest.uuid
         return Target(
-            storages=self._storages,
+            storages=storages,
             is_root=self._config.connection.user == "root@pam",
             original_exists=there,
         )
@@ -273,13 +295,13 @@ class VmTarget:
             await self._drop(self._goal.volumes.pop(key))
         for key, plan in planned.items():
             if key not in self._goal.volumes:
-                self._goal.volumes[key] = _Volume(plan)
+                self._goal.volumes[key] = Volume(plan)
         if before is not None:
             self._stale = sorted(
                 (before.params.keys() | set(self._stale)) - self._plan.params.keys()
             )
 
-    async def _drop(self, volume: _Volume) -> None:
+    async def _drop(self, volume: Volume) -> None:
         """Forget a disk that the VM no longer had; its volume goes at once."""
         if volume.writer is not None:
             await volume.writer.give_up()
@@ -296,26 +318,43 @@ class VmTarget:
             volume.writer = await self._open(volume)
         return volume.writer
 
-    async def _open(self, volume: _Volume) -> DiskWriter:
+    async def _open(self, volume: Volume) -> DiskWriter:
         plan = volume.plan
-        others = [v.volid for v in self._goal.volumes.values()]
-        volume.volid = await self._vm.volume(plan, others)
+        storage = self._storages[plan.storage]
+        volume.volid = await self._made.allocate(
+            storage,
+            plan.size,
+            plan.format,
+            used=[v.volid for v in self._goal.volumes.values() if v.volid],
+            disk=plan.source_key,
+        )
+        path = await self._made.activate(volume.volid)
+        os.makedirs(self._node.runtime_dir, mode=0o700, exist_ok=True)
         chain = self._goal.chain
         writer = DiskWriter(
             plan.source_key,
             chain=chain,
-            zeroed=self._vm.zeroed(plan.storage),
+            zeroed=storage.type in ZEROED_STORAGES,
             limit=self._limit,
         )
-        address = await self._vm.serve(volume.volid, plan.format)
-        self._vm.before_serving_ends(writer.give_up)
+        address: UnixAddress = await self._serving.enter_async_context(
+            qemu_nbd(
+                self._node,
+                path,
+                plan.format,
+                socket_dir=self._node.runtime_dir,
+                read_only=False,
+            )
+        )
+        # Closed before its qemu-nbd is, on every way out.
+        self._serving.push_async_callback(writer.give_up)
         await writer.open(address)
         return writer
 
-    def write_failed(self, key: str, error: NbdError) -> JobError:
+    def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for a write that the target storage refused."""
         storage = self._goal.volumes[key].plan.storage
-        return self._vm.write_failed(key, storage, error)
+        return write_refused(self.vmid, key, storage, error)
 
     # --- the end ---------------------------------------------------------------------
 
@@ -337,8 +376,8 @@ class VmTarget:
                 await volume.writer.finish()
             except NbdError as error:
                 raise self.write_failed(key, error) from error
-        await self._vm.stop_serving()
-        await self._vm.unlock()
+        await self._stop_serving()
+        await self._made.unlock()
         params: dict[str, str] = {}
         if self._plan is not None and (self._replaced or self._adopted):
             params.update(self._plan.params)
@@ -350,7 +389,12 @@ class VmTarget:
             self._here, self.vmid, params, delete=self._stale
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
-        await self._vm.handed_over(self._surplus)
+        # From here on the volumes are the VM's; nothing is taken back any more.
+        journal = self._made.journal
+        journal.undone(volumes=list(self._surplus), created=False, active=[])
+        for volid in self._surplus:
+            await self._local.free_volume(volid)
+            journal.drop("volumes", volid)
         await self._remove_replaced()
         self._write_firewall()
         for key, volume in self._goal.volumes.items():
@@ -361,9 +405,23 @@ class VmTarget:
                     f"{len(written.jobs)} jobs to {volume.volid}, received "
                     f"{written.received} bytes, superseded {written.superseded}"
                 )
-        self._vm.done()
+        self._made.handed_over()
         if self._config.start_after and not self._config.disks:
-            await self._vm.start()
+            await self._start()
+
+    async def _start(self) -> None:
+        """Start the VM; it is restored all the same where that fails."""
+        try:
+            await self._api.start_vm(self._here, self.vmid)
+        except PveplugError as error:
+            self._say.error(f"VM {self.vmid} is restored, but was not started: {error}")
+        else:
+            self._say.info(f"VM {self.vmid} was started")
+
+    async def _stop_serving(self) -> None:
+        """End every qemu-nbd, which says whether its image is whole."""
+        await self._serving.aclose()
+        await self._made.deactivate_all()
 
     async def _remove_replaced(self) -> None:
         """Free the old disks of an overwritten VM; PVE keeps them as unusedN."""
@@ -400,4 +458,38 @@ class VmTarget:
 
     async def aclose(self) -> None:
         """Undo what is unfinished; nothing where ``commit`` went through."""
-        await self._vm.aclose()
+        await to_the_end(self._undo())
+
+    async def _undo(self) -> None:
+        """Never raise: what brought us here is what the job log must end with."""
+        try:
+            await self._serving.aclose()
+        except Exception as error:
+            log.warning("restore not served to its end: %s", error)
+        await self._made.undo()
+
+
+def formats_of(storage: Storage) -> tuple[str, ...]:
+    """Return a storage's formats, its default first."""
+    default = storage.default_format
+    found = [
+        f for f in storage.formats if f in ("raw", "qcow2", "vmdk") and f != default
+    ]
+    first = [default] if default in ("raw", "qcow2", "vmdk") else []
+    return tuple(first + found) or ("raw",)
+
+
+def write_refused(vmid: int, disk: str, storage: str, error: RequestError) -> JobError:
+    """Return the error for a write that a storage refused."""
+    full = isinstance(error, NbdError) and error.errno == ENOSPC
+    return JobError(
+        f"No space left on storage {storage}: {error}."
+        if full
+        else f"storage {storage} refused a write: {error}.",
+        vm=str(vmid),
+        disk=disk,
+        phase="write",
+        remedy="free space there or name another restore_storage."
+        if full
+        else "see the node's kernel log, or name another restore_storage.",
+    )

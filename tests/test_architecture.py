@@ -36,11 +36,12 @@ LAYERS: Final = {
     "images": {"images"},
     "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
     "configuration": {
-        *("config", "parameter", "parameters", "parameters_dr", "pluginstring"),
+        *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
+        *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "newvm", "restore_vm"),
+        *("source", "access", "restore_vm"),
         *("import_disk", "import_vm", "import_files"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
@@ -55,6 +56,7 @@ LAYERS: Final = {
         "command_bitmaps",
         "command_dr",
         "command_import",
+        "command_ir",
         "command_receiver",
         "command_repair",
         "command_replicas",

@@ -17,10 +17,10 @@ import pytest
 import pytest_asyncio
 
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
-from tests.lab import hotplug
+from tests.lab import moves
 from tests.lab.bacula import JobResult
 from tests.lab.cmdline import Volume
-from tests.lab.relay import QmpRefused
+from tests.lab.errors import ApiError
 from tests.lab.vmconfig import Drive
 from tests.support.course import MIB, Course, whole
 from tests.support.fatal_commands import watched
@@ -134,13 +134,13 @@ async def a_disk_grows_and_moves(run: Midst) -> None:
         volid = await asyncio.to_thread(storage.alloc, vm.vmid, None, 28 * MIB, "qcow2")
         new = Drive("scsi0", volid, dict(old.options))
         volume = Volume(storage.path(volid), "qcow2", storage.type)
-        mirror = hotplug.mirror(vm.machine, old, new, volume, below="ph-cbw-scsi0")
+        mirror = moves.mirror(vm.machine, old, new, volume)
         if vm.modern:
             await mirror
             vm.set(scsi0=str(new))
             await run.write("scsi0", 8 * MIB)
         else:
-            with pytest.raises(QmpRefused, match="Need a root block node"):
+            with pytest.raises(ApiError, match="Need a root block node"):
                 await mirror
     await vm.assert_clean()
     await run.write("scsi0", 27 * MIB)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from typing import Any
 
@@ -50,10 +51,44 @@ async def storages(call: Call) -> Any:
 
 def _formats(storage: Storage, release: str) -> dict[str, Any]:
     """What ``format=1`` adds: 8.4 and 9 spell it differently."""
-    supported = ["raw"] if storage.type == "lvm" else ["qcow2", "raw"]
+    supported = list(storage.formats)
     if release.startswith("9"):
         return {"formats": {"supported": supported, "default": "raw"}}
     return {"format": [dict.fromkeys(supported, 1), "raw"]}
+
+
+TYPES = (
+    "btrfs|cephfs|cifs|dir|esxi|iscsi|iscsidirect|lvm|lvmthin|nfs|pbs|rbd|zfs|zfspool"
+)
+
+
+@route("GET", "/storage", f"8:type={TYPES}|glusterfs 9:type={TYPES}")
+async def configurations(call: Call) -> Any:
+    """The cluster's storages; where ``snapshot-as-volume-chain`` can be seen."""
+    rows = []
+    for storage in call.node.storages.values():
+        have = call.site.auth.privileges(call.user, f"/storage/{storage.name}")
+        if not have & set(SEE.split()):
+            continue
+        if call.params.get("type", storage.type) == storage.type:
+            rows.append({**storage.config(), "digest": _digest(call)})
+    return rows
+
+
+@route(
+    "GET",
+    "/storage/{storage}",
+    need="Datastore.Allocate",
+    on="/storage/{storage}",
+)
+async def configuration(call: Call) -> Any:
+    return {**_storage(call).config(), "digest": _digest(call)}
+
+
+def _digest(call: Call) -> str:
+    """The SHA-1 of the whole file, the same for every storage."""
+    all_of_it = [storage.config() for storage in call.node.storages.values()]
+    return hashlib.sha1(repr(all_of_it).encode()).hexdigest()
 
 
 @route(

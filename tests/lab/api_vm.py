@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from . import configops, lifecycle
+from . import configops, lifecycle, moves
 from .configops import check_digest, check_lock
 from .errors import bad_params, die
 from .http import Call, route
@@ -269,28 +270,26 @@ async def shutdown(call: Call) -> Any:
     need="VM.PowerMgmt",
 )
 async def suspend(call: Call) -> Any:
-    return _pause(call, "qmsuspend", "stop")
+    return _pause(call, "qmsuspend", lifecycle.suspend_vm)
 
 
 @route("POST", f"{VM}/status/resume", "nocheck=bool skiplock=bool", need="VM.PowerMgmt")
 async def resume(call: Call) -> Any:
-    return _pause(call, "qmresume", "cont")
+    return _pause(call, "qmresume", lifecycle.resume_vm)
 
 
-def _pause(call: Call, kind: str, command: str) -> str:
+def _pause(call: Call, kind: str, action: Callable[..., Awaitable[None]]) -> str:
     """Pause or continue in memory; allowed while ``lock: backup``."""
     _root_only(call, "skiplock", "nocheck")
-    conf = conf_of(call)
+    conf_of(call)
     if call.params.get("todisk"):
         raise die("the lab cannot suspend to disk")
-    machine = call.site.machine(call.vmid, call.node)
-    if not machine.running:
+    if not call.site.machine(call.vmid, call.node).running:
         raise die(f"VM {call.vmid} not running")
-    if conf.values.get("lock", "backup") != "backup":
-        check_lock(conf)
+    skiplock = bool(call.params.get("skiplock"))
 
     async def work(task: Task) -> None:
-        await machine.qmp(command)
+        await action(call.site, call.node, call.vmid, skiplock=skiplock)
 
     return start_task(call, kind, work)
 
@@ -305,29 +304,27 @@ def _pause(call: Call, kind: str, command: str) -> str:
 async def move_disk(call: Call) -> Any:
     site, node, params = call.site, call.node, call.params
     if "target-vmid" in params:
+        if "storage" in params:
+            text = "either set 'storage' or 'target-vmid', but not both"
+            raise bad_params(**{"target-vmid": text, "storage": text})
         raise die("the lab moves disks between storages only")
     if "storage" not in params:
-        raise bad_params(storage="either set storage or target-vmid, but not both")
+        text = "both 'storage' and 'target-vmid' missing, either needs to be set"
+        raise bad_params(**{"target-vmid": text, "storage": text})
     storage = params["storage"]
     site.auth.check(call.user, f"/storage/{storage}", "Datastore.AllocateSpace")
-    if storage not in node.storages:
-        raise die(f"storage '{storage}' does not exist")
-    conf = conf_of(call)
-    check_digest(conf, params.get("digest"))
-    check_lock(conf)
-    lifecycle.known_drive(conf, params["disk"])
+    wanted = moves.Wanted(
+        params["disk"],
+        storage,
+        params.get("format"),
+        bool(params.get("delete")),
+        params.get("digest"),
+        params.get("bwlimit"),
+    )
+    moves.check(site, node, call.vmid, wanted)
 
     async def work(task: Task) -> None:
-        await lifecycle.move_disk(
-            site,
-            node,
-            call.vmid,
-            params["disk"],
-            storage,
-            params.get("format"),
-            delete=bool(params.get("delete")),
-            task=task,
-        )
+        await moves.move_disk(site, node, call.vmid, wanted, task)
 
     return start_task(call, "qmmove", work)
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .errors import die
 from .vmconfig import Drive, VmConf, parse_props
 
 FIRMWARE = "/usr/share/pve-edk2-firmware/"
@@ -26,6 +27,8 @@ class Volume:
     path: str
     format: str
     storage_type: str = "dir"
+    chain: bool = False
+    """``snapshot-as-volume-chain`` of the storage."""
 
     @property
     def block(self) -> bool:
@@ -150,16 +153,23 @@ def legacy_drive(
     parts += ["if=none", f"id=drive-{drive.key}"]
     if drive.cdrom:
         return ",".join([*parts, "media=cdrom", "aio=io_uring"])
-    if "cache" in drive.options:
-        parts.append(f"cache={drive.options['cache']}")
-    if "discard" in drive.options:
-        parts.append(f"discard={drive.options['discard']}")
+    parts += [
+        f"{name}={drive.options[name]}"
+        for name in ("cache", "rerror", "werror", "discard")
+        if name in drive.options
+    ]
     if read_only or drive.options.get("ro") == "1":
         parts.append("readonly=on")
     limits = throttle_group(drive)["limits"]
     assert isinstance(limits, dict)
     parts += [f"throttling.{name}={value}" for name, value in limits.items()]
     assert volume
+    if volume.chain and volume.format == "qcow2":
+        raise die(
+            f"storage for '{drive.file}' is configured for snapshots as a volume chain "
+            "- this requires QEMU machine version >= 10.0. See "
+            "https://pve.proxmox.com/wiki/QEMU_Machine_Version_Upgrade"
+        )
     parts.append(f"format={volume.format}")
     if "cache" not in drive.options and volume.cache:
         parts.append(f"cache={volume.cache}")
@@ -241,6 +251,10 @@ def disk_device(
     if modern and not drive.cdrom:
         writeback = drive.options.get("cache") not in ("directsync", "writethrough")
         text += f",write-cache={'on' if writeback else 'off'}"
+    if modern:
+        for name in ("rerror", "werror"):
+            if name in drive.options:
+                text += f",{name}={drive.options[name]}"
     return text
 
 
@@ -375,6 +389,36 @@ def _nets(conf: VmConf, context: Context, modern: bool) -> list[str]:
     return args
 
 
+VGA = {
+    "std": "VGA",
+    "cirrus": "cirrus-vga",
+    "vmware": "vmware-svga",
+    "virtio": "virtio-vga",
+}
+
+
+def vga_device(conf: VmConf) -> str | None:
+    """The ``-device`` of the display; None where the configuration wants none."""
+    props = parse_props(conf.values.get("vga", "std"), "type")
+    kind = props.get("type", "std")
+    if kind == "none" or re.fullmatch(r"serial\d+", kind):
+        return None
+    if kind not in VGA:
+        raise die(f"the lab has no display of type {kind}")
+    text = f"{VGA[kind]},id=vga"
+    if memory := props.get("memory"):
+        if kind == "virtio":
+            text += f",max_hostmem={int(memory) << 20}"
+        else:
+            text += f",vgamem_mb={memory}"
+    q35 = "q35" in machine_type(conf)
+    text += f",bus={'pcie.0,addr=0x1' if q35 else 'pci.0,addr=0x2'}"
+    windows = re.match(r"w(xp|2k|in|vista)", conf.values.get("ostype", "other"))
+    if kind == "std" and windows and conf.values.get("bios") != "ovmf":
+        text += ",edid=off"
+    return text
+
+
 def pve_argv(conf: VmConf, context: Context, *, paused: bool = False) -> list[str]:
     """The whole argument vector, as PVE's ``config_to_command`` makes it."""
     values, vmid, run = conf.values, context.vmid, context.run_dir
@@ -411,7 +455,12 @@ def pve_argv(conf: VmConf, context: Context, *, paused: bool = False) -> list[st
         "menu=on,strict=on,reboot-timeout=1000,"
         "splash=/usr/share/qemu-server/bootsplash.jpg"
     ]
-    argv += ["-vnc", f"unix:{run}/{vmid}.vnc,password=on"]
+    if display := vga_device(conf):
+        argv += ["-vnc", f"unix:{run}/{vmid}.vnc,password=on"]
+    else:
+        if values["vga"].startswith("none"):
+            argv += ["-vga", "none"]
+        argv += ["-nographic"]
     cpu = parse_props(values.get("cpu", ""), "cputype").get("cputype", "kvm64")
     no_kvm = values.get("kvm") == "0"
     argv += ["-cpu", "qemu64" if no_kvm and cpu == "kvm64" else cpu]
@@ -439,10 +488,8 @@ def pve_argv(conf: VmConf, context: Context, *, paused: bool = False) -> list[st
         argv += ["-chardev", f"socket,id=tpmchar,path={run}/{vmid}.swtpm"]
         argv += ["-tpmdev", "emulator,id=tpmdev,chardev=tpmchar"]
         argv += ["-device", "tpm-tis,tpmdev=tpmdev"]
-    argv += [
-        "-device",
-        f"VGA,id=vga,bus={'pcie.0,addr=0x1' if q35 else 'pci.0,addr=0x2'}",
-    ]
+    if display:
+        argv += ["-device", display]
     for index in range(4):
         if values.get(f"serial{index}") == "socket":
             path = f"{run}/{vmid}.serial{index}"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``qm``, ``pvesm`` and ``lvchange`` of a node do, asked through a unix socket.
 
-The programs are thin: they send their name and arguments, print what comes back and
-exit with the status given. They act as root@pam, as on a node.
+The programs are thin: they send their name and arguments, print what comes back, as it
+comes, and exit with the status given. They act as root@pam, as on a node. A task whose
+program is gone ends at its next word, of SIGPIPE, and cleans up nothing: so it is on a
+node, as the worker's output goes through ``qm`` and ``qm``'s to whoever started it.
 """
 
 from __future__ import annotations
@@ -12,16 +14,62 @@ import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from . import configops, lifecycle
+from . import configops, lifecycle, moves
 from .errors import ApiError, die
-from .schema import CONFIG, verify
+from .schema import CONFIG, table, verify
+from .tasks import Killed
 
 if TYPE_CHECKING:
     from .site import LabNode
+    from .vmconfig import VmConf
 
 ROOT = "root@pam"
+
+
+MOVE = table(
+    "bwlimit=int(0,) delete=bool digest=str<=40 format=raw|qcow2|vmdk"
+    " target-vmid=vmid target-disk=str target-digest=str<=40"
+)
+MOVES = ("move-disk", "move_disk")
+
+
+class _Program:
+    """The other end of a connection, as long as it is there."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._writer = writer
+        self._gone = False
+        self._watch = asyncio.create_task(self._see(reader), name="program")
+
+    async def _see(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1024):
+                pass
+        self._gone = True
+
+    def send(self, **answer: Any) -> None:
+        self._writer.write(json.dumps(answer).encode() + b"\n")
+
+    def say(self, text: str) -> None:
+        """Let it print something.
+
+        Raises:
+            Killed: it is gone.
+        """
+        if self._gone or self._writer.is_closing():
+            raise Killed
+        self.send(out=text)
+
+    def close(self) -> None:
+        self._watch.cancel()
+
+
+_ASKING: ContextVar[_Program] = ContextVar("program")
 
 
 class Usage(Exception):
@@ -63,11 +111,15 @@ class Control:
         try:
             argv = json.loads(await reader.readline())
             self.calls.append(argv)
-            if self.gate:
-                await self.gate(" ".join(argv))
-            out, err, status = await self._guarded(argv)
-            answer = {"out": out, "err": err, "status": status}
-            writer.write(json.dumps(answer).encode() + b"\n")
+            program = _Program(reader, writer)
+            _ASKING.set(program)
+            try:
+                if self.gate:
+                    await self.gate(" ".join(argv))
+                out, err, status = await self._guarded(argv)
+                program.send(out=out, err=err, status=status)
+            finally:
+                program.close()
             await writer.drain()
         except (ConnectionError, ValueError):
             pass  # the program was killed: nobody to answer
@@ -123,20 +175,48 @@ class Control:
                         f"{row.get('pid', 0):<10}\n"
                     )
             return head + rows
+        if command == "disk" and rest[:1] == ["move"]:
+            command, rest = "move-disk", rest[1:]
         if not rest or not rest[0].isdigit():
             raise Usage("400 not enough arguments")
-        vmid, options = int(rest[0]), _options(rest[1:])
+        vmid = int(rest[0])
+        if command in MOVES:
+            return await self._qm_move(vmid, rest[1:])
+        options = _options(rest[1:])
         conf = site.load(node, vmid)
-        machine = site.machine(vmid, node)
         match command:
             case "config":
                 values = dict(conf.values)
                 if not options.pop("current", None):
+                    for key in conf.pending_delete:
+                        values.pop(key, None)
                     values |= conf.pending
+                if "description" in values:
+                    values["description"] = encode_text(values["description"])
                 return "".join(f"{k}: {v}\n" for k, v in sorted(values.items()))
+            case "pending":
+                return _pending_text(conf)
             case "status":
-                state = "running" if machine.running else "stopped"
-                return f"status: {state}\n"
+                row = await lifecycle.current(site, node, vmid)
+                if "verbose" not in options:
+                    return f"status: {row['qmpstatus']}\n"
+                del row["cpu"], row["ha"]
+                return "".join(f"{k}: {v}\n" for k, v in sorted(row.items()))
+            case "suspend" | "resume":
+                if not site.machine(vmid, node).running:
+                    raise die(f"VM {vmid} not running")
+                if "todisk" in options:
+                    raise die("the lab cannot suspend to disk")
+                action = (
+                    lifecycle.suspend_vm
+                    if command == "suspend"
+                    else lifecycle.resume_vm
+                )
+                return await self._task(
+                    f"qm{command}",
+                    vmid,
+                    lambda t: action(site, node, vmid, skiplock="skiplock" in options),
+                )
             case "unlock":
                 async with site.lock_config(vmid):
                     site.faults.require_quorum()
@@ -164,14 +244,21 @@ class Control:
                 )
             case "shutdown":
                 limit = float(options.get("timeout", 60))
+                force = "forceStop" in options
+                if await lifecycle.require_not_paused(site, node, vmid, force):
+                    return await self._task(
+                        "qmshutdown",
+                        vmid,
+                        lambda t: lifecycle.stop_vm(site, node, vmid),
+                    )
                 return await self._task(
                     "qmshutdown",
                     vmid,
-                    lambda t: lifecycle.shutdown_vm(
-                        site, node, vmid, limit, "forceStop" in options
-                    ),
+                    lambda t: lifecycle.shutdown_vm(site, node, vmid, limit, force),
                 )
             case "destroy":
+                purge = options.get("purge", "0") in ("1", "on", "yes", "true")
+                lifecycle.require_destroyable(site, node, vmid, True, purge)
                 return await self._task(
                     "qmdestroy",
                     vmid,
@@ -180,10 +267,40 @@ class Control:
                         node,
                         vmid,
                         skiplock="skiplock" in options,
-                        unreferenced=False,
+                        unreferenced=options.get("destroy-unreferenced-disks") == "1",
+                        purge=purge,
+                        task=t,
                     ),
                 )
         raise Usage(f"ERROR: unknown command 'qm {command}'")
+
+    async def _qm_move(self, vmid: int, words: list[str]) -> str:
+        site, node = self.node.site, self.node
+        plain = [word for at, word in enumerate(words) if not _of_option(words, at)]
+        if len(plain) < 2:
+            raise Usage(
+                "400 not enough arguments\n"
+                "qm disk move <vmid> <disk> <storage> [OPTIONS]"
+            )
+        if len(plain) > 2:
+            raise Usage("400 too many arguments")
+        options = _options([w for at, w in enumerate(words) if _of_option(words, at)])
+        given = verify(options, MOVE)
+        if "target-vmid" in given:
+            raise die("the lab moves disks between storages only")
+        wanted = moves.Wanted(
+            *plain,
+            given.get("format"),
+            bool(given.get("delete")),
+            given.get("digest"),
+            given.get("bwlimit"),
+        )
+        moves.check(site, node, vmid, wanted)
+        return await self._task(
+            "qmmove",
+            vmid,
+            lambda t: moves.move_disk(site, node, vmid, wanted, t),
+        )
 
     async def _qm_set(self, vmid: int, options: dict[str, str]) -> str:
         known = {k: p for k, p in CONFIG.items()}
@@ -192,6 +309,8 @@ class Control:
         skiplock = options.pop("skiplock", None) is not None
         force = options.pop("force", None) is not None
         values = verify(options, known, config=True, release=self.node.site.release)
+        if not values and not delete:
+            raise die("no options specified")
         await configops.update(
             self.node.site,
             self.node,
@@ -203,17 +322,22 @@ class Control:
             skiplock=skiplock,
             force=force,
         )
-        parts = [f"-{k} {v}" for k, v in values.items()]
-        if delete:
-            parts.append(f"-delete {','.join(delete)}")
+        said = {**values, **({"delete": ",".join(delete)} if delete else {})}
+        parts = [f"-{k} {v}" for k, v in sorted(said.items())]
         return f"update VM {vmid}: {' '.join(parts)}\n"
 
     async def _task(self, kind: str, vmid: int, work: Any) -> str:
         tasks = self.node.site.tasks
         upid = tasks.start(self.node.name, kind, str(vmid), ROOT, work)
+        program = _ASKING.get()
+        tasks.all[upid].say = program.say
         task = await tasks.wait(upid)
-        if task.exitstatus != "OK" and not str(task.exitstatus).startswith("WARNINGS"):
-            raise die(str(task.exitstatus))
+        status = str(task.exitstatus)
+        if status.startswith("WARNINGS: "):
+            number = status.partition(": ")[2]
+            program.send(err=f"Task finished with {number} warning(s)!\n")
+        elif status != "OK":
+            raise die(status)
         return ""
 
     # -- pvesm and lvchange
@@ -286,6 +410,37 @@ class Control:
             action = storage.activate if on else storage.deactivate
             await asyncio.to_thread(action, f"{storage.name}:{volume}")
         return ""
+
+
+def encode_text(text: str) -> str:
+    """A description on one line: control and other bytes, ``:`` and ``%`` as %XX."""
+    return "".join(
+        chr(byte) if 0x20 <= byte <= 0x7E and byte not in b":%" else f"%{byte:02X}"
+        for byte in text.encode()
+    )
+
+
+def _pending_text(conf: VmConf) -> str:
+    """What ``qm pending`` prints."""
+    text = ""
+    for key in sorted(conf.values.keys() | conf.pending.keys()):
+        new, old = conf.pending.get(key), conf.values.get(key)
+        if key in conf.pending_delete:
+            text += f"del {key}: {old}\n"
+        else:
+            if old is not None:
+                text += f"cur {key}: {old}\n"
+            if new is not None:
+                text += f"new {key}: {new}\n"
+    return text
+
+
+def _of_option(words: list[str], at: int) -> bool:
+    """Whether a word is an option, or the value of the one before it."""
+    if words[at].startswith("-"):
+        return True
+    before = words[at - 1] if at else ""
+    return before.startswith("-") and "=" not in before
 
 
 def _options(words: list[str]) -> dict[str, str]:

@@ -8,7 +8,8 @@ KVM, CPU of the configuration   TCG with ``qemu64``/``max``: must run anywhere
 ``-daemonize``                  a child that dies with the lab, so nothing is left over
 ``ID.qmp``, ``ID.qga``          QEMU listens at ``….real``, the lab's relay before it
 tap network                     ``-netdev user,restrict=on``: no bridges are made
-VNC, VGA, USB, boot splash      none: less memory, quicker boot
+VNC, USB, boot splash           none: less memory, quicker boot
+VGA                             only where the configuration names one (``vga: std``)
 ``aio=io_uring``/``native``     ``threads``: io_uring is often forbidden in containers
 ``host_device`` (thick LVM)     ``file``: the volume is a file behind a symbolic link
 ``cache=none`` where the file   buffered
@@ -19,6 +20,7 @@ QEMU built without file locks   ``locking=off`` on every file of a VM
 qemu-img, qemu-nbd without      with: two programs on one image are an error here,
 file locks                      and an image lost in silence there
 no serial port                  ``isa-serial`` into ``log/ID.serial``
+``serial0: socket``             the same, and all that is said goes into that file, too
 ==============================  ====================================================
 """
 
@@ -34,7 +36,8 @@ from typing import Any
 
 from .cmdline import FIRMWARE
 
-DROPPED = ("VGA,", "usb-tablet,", "piix3-usb-uhci,")
+DROPPED = ("usb-tablet,", "piix3-usb-uhci,")
+SWITCHES = ("-daemonize", "-S", "-nodefaults", "-no-shutdown", "-nographic")
 Q35_BRIDGES = (
     "i82801b11-bridge,id=pcidmi,bus=pcie.0,addr=1e.0",
     *(
@@ -53,6 +56,7 @@ class Bench:
     serial: Path
     direct_io: bool
     data_dirs: tuple[str, ...] = ()
+    display: bool = False
 
 
 def supports_direct_io(folder: Path) -> bool:
@@ -76,8 +80,8 @@ def adapt(argv: list[str], bench: Bench) -> list[str]:
     has_serial = any("isa-serial" in arg for arg in argv)
     while at < len(argv):
         option = argv[at]
-        if option in ("-daemonize", "-S", "-nodefaults", "-no-shutdown"):
-            if option != "-daemonize":
+        if option in SWITCHES:
+            if option not in ("-daemonize", "-nographic"):
                 out.append(option)
             at += 1
             continue
@@ -102,10 +106,14 @@ def _changed(option: str, value: str, bench: Bench) -> str | None:
         case "-device":
             if value.startswith(DROPPED):
                 return None
+            if ",id=vga," in value and not bench.display:
+                return None
             if value.startswith("virtio-net-pci"):
                 return value + ",romfile="
             return value
         case "-chardev":
+            if value.startswith("socket,id=serial0,"):
+                return f"{value},logfile={bench.serial},logappend=on"
             return re.sub(r"(path=\S+?\.(?:qmp|qga))(?=,)", r"\1.real", value)
         case "-boot":
             return "strict=on,reboot-timeout=1000"

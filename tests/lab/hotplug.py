@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks plugged into, unplugged from and moved under a running VM."""
+"""Disks plugged into, unplugged from and changed under a running VM."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from .cmdline import (
-    Volume,
     blockdev,
     controller,
     controller_device,
     disk_device,
     legacy_drive,
-    node_hash,
     throttle_group,
 )
 from .deviations import adapt_node
@@ -119,76 +116,9 @@ async def _delete_node(machine: Machine, name: str) -> None:
     raise refused
 
 
-async def mirror(
-    machine: Machine,
-    drive: Drive,
-    target: Drive,
-    volume: Volume,
-    *,
-    below: str | None = None,
-) -> None:
-    """Move a running VM's disk to another volume by ``blockdev-mirror``.
-
-    Args:
-        below: the node below the throttle node, where it isn't the format node.
-    """
-    node = adapt_node(blockdev(target, volume), machine.bench())["file"]
-    replaced: dict[str, Any] = {}
-    if machine.modern:
-        # The copy takes the place of the format node, below the throttle node.
-        replaced["replaces"] = below or await format_node(machine, drive)
-    job = f"mirror-{drive.key}"
-    await machine.qmp("blockdev-add", **_underscored(node))
-    try:
-        await machine.qmp(
-            "blockdev-mirror",
-            job_id=job, device=f"drive-{drive.key}", target=node["node-name"],
-            sync="full", **replaced,
-        )  # fmt: skip
-        await _finish(machine, job)
-    except BaseException:
-        await machine.qmp("blockdev-del", node_name=node["node-name"])
-        raise
-    if machine.modern:
-        # Part of the -blockdev it came with, it is gone with its last user.
-        with contextlib.suppress(QmpRefused):
-            await machine.qmp("blockdev-del", node_name=replaced["replaces"])
-
-
-async def _finish(machine: Machine, job: str) -> None:
-    completing = False
-    while True:
-        jobs = await machine.qmp("query-block-jobs")
-        mine = [j for j in jobs if j["device"] == job]
-        if not mine:
-            if completing:
-                return
-            raise die(f"mirroring error: {job}: job ended unexpectedly")
-        if mine[0].get("io-status", "ok") != "ok":
-            await machine.qmp("block-job-cancel", device=job, force=True)
-            raise die(f"mirroring error: {job}: io-status {mine[0]['io-status']}")
-        if mine[0].get("ready") and not completing:
-            await machine.qmp("job-complete", id=job)
-            completing = True
-        await asyncio.sleep(0.2)
-
-
-async def format_node(machine: Machine, drive: Drive) -> str:
-    """The node below the throttle node of a disk."""
-    nodes = await machine.qmp("query-named-block-nodes", flat=True)
-    for wanted in (f"f{node_hash(drive)}",):
-        if any(n["node-name"] == wanted for n in nodes):
-            return wanted
-    raise die(f"could not find the format node of drive-{drive.key}")
-
-
 def _command(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"execute": name, "arguments": arguments}
 
 
 def _object(kind: str, ident: str) -> dict[str, Any]:
     return _command("object-add", {"qom-type": kind, "id": ident})
-
-
-def _underscored(node: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace("-", "_"): value for key, value in node.items()}

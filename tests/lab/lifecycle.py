@@ -9,14 +9,11 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import hotplug
-from .cmdline import Volume
 from .configops import apply_pending, check_digest, check_lock, human_size
 from .errors import ApiError, bad_params, die
 from .relay import QmpRefused
-from .storage import copy_image
 from .tasks import Task
-from .vmconfig import DRIVE, Drive, VmConf, add_unused
+from .vmconfig import DRIVE, Drive, VmConf
 
 if TYPE_CHECKING:
     from .site import LabNode, Site
@@ -90,13 +87,44 @@ async def shutdown_vm(
             await machine.quit()
 
 
+async def suspend_vm(
+    site: Site, node: LabNode, vmid: int, *, skiplock: bool = False
+) -> None:
+    """Pause in memory; allowed while ``lock: backup``, not while the disk moves."""
+    async with site.lock_config(vmid):
+        conf = site.load(node, vmid)
+        if not skiplock and conf.values.get("lock", "backup") != "backup":
+            check_lock(conf)
+        await site.machine(vmid, node).qmp("stop")
+
+
+async def resume_vm(
+    site: Site, node: LabNode, vmid: int, *, skiplock: bool = False
+) -> None:
+    """Go on after a pause or an I/O error; a running VM stays as it is."""
+    async with site.lock_config(vmid):
+        machine = site.machine(vmid, node)
+        status = (await machine.qmp("query-status", timeout_s=60))["status"]
+        conf = site.load(node, vmid)
+        if conf.values.get("template") == "1":
+            raise die(f"VM {vmid} is a template and cannot be resumed!")
+        if status == "running":
+            return
+        if not skiplock and conf.values.get("lock", "backup") != "backup":
+            check_lock(conf)
+        if status == "shutdown":
+            await machine.qmp("system_reset")
+        await machine.qmp("system_wakeup" if status == "suspended" else "cont")
+
+
 async def require_not_paused(site: Site, node: LabNode, vmid: int, force: bool) -> bool:
     """Whether a VM is paused; without ``force`` that is no state to shut down in."""
     machine = site.machine(vmid, node)
     if not machine.running:
         return False
     with contextlib.suppress(TimeoutError, ConnectionError, QmpRefused):
-        paused = (await machine.qmp("query-status"))["status"] == "paused"
+        status = (await machine.qmp("query-status"))["status"]
+        paused = status in ("paused", "prelaunch")
         if paused and not force:
             raise die("VM is paused - cannot shutdown")
         return paused
@@ -128,13 +156,13 @@ def require_destroyable(
     conf = site.load(node, vmid)
     if conf.values.get("protection") == "1":
         raise die(f"can't remove VM {vmid} - protection mode enabled")
-    if site.machine(vmid, node).running:
-        raise die(f"VM {vmid} is running - destroy failed")
     if vmid in site.ha and not purge:
         raise die(
             f"unable to remove VM {vmid} - used in HA resources and purge parameter "
             "not set."
         )
+    if site.machine(vmid, node).running:
+        raise die(f"VM {vmid} is running - destroy failed")
     if not skiplock and conf.values.get("lock", "suspended") != "suspended":
         check_lock(conf)
 
@@ -165,6 +193,8 @@ async def destroy_vm(
         for members in site.pools.values():
             members.discard(vmid)
         if purge:
+            if task:
+                task.log(f"purging VM {vmid} from related configurations..")
             site.ha.discard(vmid)
         node.conf_path(vmid).unlink()
 
@@ -193,64 +223,6 @@ def _free_owned(
 
 
 # -- disks
-
-
-async def move_disk(
-    site: Site,
-    node: LabNode,
-    vmid: int,
-    key: str,
-    target: str,
-    fmt: str | None,
-    *,
-    delete: bool,
-    task: Task,
-) -> None:
-    """Copy a disk to another storage, online by mirror, and use it from then on."""
-    async with site.lock_config(vmid):
-        conf = site.load(node, vmid)
-        check_lock(conf)
-        drive = Drive.parse(key, conf.values[key])
-        source = node.storage_of(drive.file)
-        storage = node.storages[target]
-        storage.require_images()
-        if delete and conf.snapshots:
-            raise die("you can't move a disk with snapshots and delete the source")
-        have = source.format(drive.file)
-        fmt = fmt or (have if storage.type == "dir" else "raw")
-        if source is storage and fmt == have:
-            raise die("you can't move to the same storage with same format")
-        size = await asyncio.to_thread(source.size, drive.file)
-        volid = await asyncio.to_thread(storage.alloc, vmid, None, size, fmt)
-        moved = Drive(key, volid, {**drive.options, "size": human_size(size)})
-        moved.options.pop("format", None)
-        machine = site.machine(vmid, node)
-        task.log(f"create full clone of drive {key} ({drive.file})")
-        try:
-            storage.activate(volid)
-            if machine.running:
-                if drive.key == "tpmstate0":
-                    raise die("cannot move TPM state while VM is running")
-                machine.activated(volid)
-                volume = Volume(storage.path(volid), fmt, storage.type)
-                await hotplug.mirror(machine, drive, moved, volume)
-            else:
-                source.activate(drive.file)
-                await asyncio.to_thread(
-                    copy_image, site.qemu_img, source.file(drive.file), have,
-                    storage.file(volid), fmt,
-                )  # fmt: skip
-                source.deactivate(drive.file)
-                storage.deactivate(volid)
-        except BaseException:
-            storage.free(volid)
-            raise
-        conf.values[key] = str(moved)
-        if delete:
-            source.free(drive.file)
-        else:
-            add_unused(conf.values, drive.file)
-        site.save(node, vmid, conf)
 
 
 async def resize(

@@ -84,7 +84,10 @@ class Machine:
             return Volume(drive.file, drive.options.get("format", "raw"))
         storage = self.node.storage_of(drive.file)
         volume = Volume(
-            storage.path(drive.file), storage.format(drive.file), storage.type
+            storage.path(drive.file),
+            storage.format(drive.file),
+            storage.type,
+            storage.chain,
         )
         return volume
 
@@ -99,7 +102,7 @@ class Machine:
             qmeventd=str(self.node.qmeventd.path),
         )
 
-    def bench(self) -> Bench:
+    def bench(self, conf: VmConf | None = None) -> Bench:
         site = self.node.site
         return Bench(
             qemu=site.qemu,
@@ -107,6 +110,7 @@ class Machine:
             serial=self.serial,
             direct_io=site.direct_io,
             data_dirs=site.qemu_data_dirs,
+            display=bool(conf and conf.values.get("vga")),
         )
 
     # -- start and end
@@ -145,7 +149,7 @@ class Machine:
                 await self._start_swtpm(self.resolve(drive).path)
         context = self.context()
         self.modern = uses_blockdev(conf, context)
-        argv = adapt(pve_argv(conf, context, paused=paused), self.bench())
+        argv = adapt(pve_argv(conf, context, paused=paused), self.bench(conf))
         if extra := conf.values.get("args"):
             argv += extra.split()
         if incoming:

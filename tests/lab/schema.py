@@ -57,11 +57,12 @@ def _p(text: str) -> P:
 
 
 def table(text: str, release: str = "9.2") -> dict[str, P]:
-    """Read ``name=kind`` words; ``9:name=kind`` is unknown to 8.4."""
+    """Read ``name=kind`` words; ``9:name=kind`` is unknown to 8.4, ``8:…`` to 9."""
     found = {}
+    other = "8:" if release.startswith("9") else "9:"
     for item in text.split():
-        name, kind = item.removeprefix("9:").split("=", 1)
-        if release.startswith("9") or not item.startswith("9:"):
+        if not item.startswith(other):
+            name, kind = re.sub(r"^[89]:", "", item).split("=", 1)
             found[name] = _p(kind)
     return found
 

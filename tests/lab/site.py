@@ -40,7 +40,7 @@ from .faults import Faults
 from .http import Proxy
 from .qemu import Machine, qemu_version
 from .qmeventd import Qmeventd
-from .storage import DirStorage, Storage, ThickStorage
+from .storage import DeclaredStorage, DirStorage, Storage, ThickStorage
 from .tasks import Tasks
 from .vm import LabVm
 from .vmconfig import VmConf
@@ -274,6 +274,8 @@ class Site:
             "state_dir": str(root / "ph/lib"),
             "runtime_dir": str(root / "ph/run"),
             "scratch_dir": str(root / "ph/scratch"),
+            "landing_dir": str(root / "ph/landing"),
+            "keeper": "child",
             "pve_host": "127.0.0.1",
             "pve_port": node.proxy.port,
             "pve_node": node.name,
@@ -360,6 +362,34 @@ class Site:
         return self.auth.has(user, f"/vms/{vmid}", "VM.Audit")
 
     # -- for tests
+
+    def add_storage(
+        self,
+        name: str,
+        type: str = "dir",
+        *,
+        root: Path | None = None,
+        node: str | None = None,
+        **options: Any,
+    ) -> Storage:
+        """Give a node one more storage.
+
+        One with files (``dir``, ``nfs``, ``cifs``) works; of any other type it is only
+        listed. ``options``: what ``storage.cfg`` says of it (``path``,
+        ``snapshot_as_volume_chain=1``), and ``content`` and ``total``.
+        """
+        owner = self.nodes[node] if node else self.node
+        kind = DirStorage if type in ("dir", "nfs", "cifs") else DeclaredStorage
+        where = root or owner.root / "storage" / name
+        own = {key: options.pop(key) for key in ("content", "total") if key in options}
+        if kind is DirStorage:
+            options.setdefault("path", str(where))
+        named = {key.replace("_", "-"): value for key, value in options.items()}
+        storage = kind(
+            name, where, qemu_img=self.qemu_img, type=type, options=named, **own
+        )
+        owner.storages[name] = storage
+        return storage
 
     async def create_vm(
         self,

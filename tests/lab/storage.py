@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Storage:
     """What all kinds share: name, content types, quota, content listing."""
 
     type = ""
+    formats: tuple[str, ...] = ("raw",)
 
     def __init__(
         self,
@@ -42,7 +44,12 @@ class Storage:
         qemu_img: str = "qemu-img",
         total: int = 64 << 30,
         content: str = "images,rootdir",
+        type: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """``type``: what PVE calls it, where that isn't the class's own kind;
+        ``options``: what else ``storage.cfg`` says of it.
+        """
         self.name = name
         self.root = root
         self.qemu_img = qemu_img
@@ -51,6 +58,8 @@ class Storage:
         self.enabled = True
         self.active = True
         self.shared = False
+        self.type = type or self.type
+        self.options: dict[str, Any] = dict(options or {})
         root.mkdir(parents=True, exist_ok=True)
 
     # -- names
@@ -88,7 +97,7 @@ class Storage:
             case "copy":
                 return qcow2 or not snapname
             case "clone":
-                return base and not snapname and self.type == "dir"
+                return base and not snapname and isinstance(self, DirStorage)
         return False
 
     def exists(self, volid: str) -> bool:
@@ -141,6 +150,20 @@ class Storage:
             "shared": int(self.shared),
         }
 
+    @property
+    def chain(self) -> bool:
+        """``snapshot-as-volume-chain``."""
+        return bool(self.options.get("snapshot-as-volume-chain"))
+
+    def config(self) -> dict[str, Any]:
+        """Its entry of ``storage.cfg``, as ``GET /storage`` tells it."""
+        entry = {"storage": self.name, "type": self.type, "content": self.content}
+        if self.shared:
+            entry["shared"] = 1
+        if not self.enabled:
+            entry["disable"] = 1
+        return {**entry, **self.options}
+
     def require_images(self) -> None:
         if not self.enabled:
             raise die(f"storage '{self.name}' is disabled")
@@ -175,6 +198,7 @@ class DirStorage(Storage):
     """``dir``: raw and qcow2 files below ``images/VMID``."""
 
     type = "dir"
+    formats = ("qcow2", "raw")
 
     def __init__(self, name: str, root: Path, **options: Any) -> None:
         super().__init__(name, root, **options)
@@ -271,6 +295,22 @@ class DirStorage(Storage):
                         row["volid"] = f"{self.name}:{found[1]}/{own}"
             rows.append(row)
         return rows
+
+
+class DeclaredStorage(Storage):
+    """One that the cluster lists, of any type, and that holds nothing here.
+
+    For what must be refused before anything is allocated.
+    """
+
+    def alloc(self, vmid: int, name: str | None, size: int, fmt: str | None) -> str:
+        raise die(f"the lab can allocate nothing on storage '{self.name}'")
+
+    def file(self, volid: str) -> Path:
+        return self.root / self.volname(volid)
+
+    def volumes(self, vmid: int | None = None) -> list[dict[str, Any]]:
+        return []
 
 
 class ThickStorage(Storage):

@@ -18,6 +18,10 @@ UPID = re.compile(
 )
 
 
+class Killed(BaseException):
+    """SIGKILL, or SIGPIPE at a word nobody hears: nothing is cleaned up."""
+
+
 @dataclass(slots=True)
 class Task:
     """One worker; ``exitstatus`` is None while it runs."""
@@ -35,8 +39,17 @@ class Task:
     exitstatus: str | None = None
     end: int | None = None
     work: asyncio.Task[None] | None = None
+    say: Callable[[str], None] | None = None
+    """Gets what is logged, too: the output of a program like ``qm``."""
 
     def log(self, text: str) -> None:
+        """Write to the task's log.
+
+        Raises:
+            Killed: ``say`` found that nobody listens any more.
+        """
+        if self.say:
+            self.say(text + "\n")
         self.lines += text.split("\n")
 
     def warn(self, text: str) -> None:
@@ -108,7 +121,7 @@ class Tasks:
             if faults:
                 await self._before(task)
             await work(task)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Killed):
             # Swallowed on purpose: an aborted PVE task ends with this very status.
             status = "unexpected status"
         except ApiError as error:

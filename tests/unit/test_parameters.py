@@ -70,7 +70,7 @@ def test_neither_secrets_nor_commands_can_be_given_at_restore_time():
         ("pve-host", "did you mean pve_host?"),
         ("pve_fingerprnt", "did you mean pve_fingerprint?"),
         ("dr_prot", "did you mean dr_port?"),
-        ("ir_timeout", "ir_timeout comes with instant recovery"),
+        ("ir_timout", "did you mean ir_timeout?"),
         ("verify_samples", "did you mean verify_sample_blocks?"),
         ("restore_path", "where=/directory"),
         ("xyzzy", "help parameters"),

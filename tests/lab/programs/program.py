@@ -15,10 +15,11 @@ except OSError as error:
     sys.exit(f"{name}: the lab at {root} does not answer: {error}")
 connection.sendall(json.dumps([name, *sys.argv[1:]]).encode() + b"\n")
 with connection.makefile("rb") as stream:
-    line = stream.readline()
-if not line:
-    sys.exit(f"{name}: the lab at {root} went away")
-answer = json.loads(line)
-sys.stdout.write(answer["out"])
-sys.stderr.write(answer["err"])
-sys.exit(answer["status"])
+    for line in stream:
+        answer = json.loads(line)
+        sys.stdout.write(answer.get("out", ""))
+        sys.stdout.flush()
+        sys.stderr.write(answer.get("err", ""))
+        if "status" in answer:
+            sys.exit(answer["status"])
+sys.exit(f"{name}: the lab at {root} went away")

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keeper: the process that serves a recovered VM's disks while they still come.
+
+One per VM, apart from Bacula and its jobs, for the VM must not depend on them::
+
+    landing store ──► LandingDevice ──► NBD server ──► QEMU's overlay
+         ▲ doorbell                        │
+    restore jobs                     all here: `qm disk move`, one disk after the other
+                                     nothing comes for ir_timeout: `qm suspend`
+
+It is root on its node and holds no credential: what it does to the VM goes through
+``qm``. It never destroys a VM and never touches an overlay; when its disks have moved
+it takes its traces away and ends. Killed, it is started again (systemd, the next
+restore job, ``pveplug ir resume``), and QEMU, which has waited, reads on.
+
+Exit status: 0 it is not needed any more, or was asked to end; 69 it can't serve; 70 a
+fault of this program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import uvloop
+
+from pveplug import log as own_log
+from pveplug import sdnotify
+from pveplug.errors import PveplugError
+from pveplug.ir.control import MAX_LINE, DiskState, State, disable_unit
+from pveplug.ir.device import LandingDevice
+from pveplug.ir.landing import Landing
+from pveplug.ir.notes import noted, untagged, without_note
+from pveplug.ir.record import LandedDisk, Record, Recovery
+from pveplug.nbd.client import Address, TcpAddress, UnixAddress
+from pveplug.nbd.server import NbdServer, serve
+from pveplug.node import Node, load_node
+from pveplug.proto.pve_refusal import Reason
+from pveplug.pve_local import ProgramError, PveLocal
+from pveplug.units import human
+from pveplug.vmconfig import Drive, drives
+
+log = logging.getLogger(__name__)
+
+EX_OK: Final = 0
+EX_UNAVAILABLE: Final = 69
+EX_SOFTWARE: Final = 70
+
+TICK_S: Final = 0.5
+ORPHAN_S: Final = 30.0
+"""How long a recovery that nobody took over may be without the job that makes it."""
+LOOK_S: Final = 30.0
+"""How often to ask whether the VM is still there; each `qm` costs a second."""
+LINKS_S: Final = 60.0
+"""How long QEMU may keep a connection to a disk that has moved away."""
+
+
+class Keeper:
+    """Looks after one recovery from the first cluster to the last move."""
+
+    def __init__(self, node: Node, recovery: Recovery, record: Record) -> None:
+        self._node = node
+        self._recovery = recovery
+        self._record = record
+        self._local = PveLocal(node)
+        self._landings: dict[str, Landing] = {}
+        self._server: NbdServer | None = None
+        self._migration: asyncio.Task[None] | None = None
+        self._migrate = record.auto_migrate and not record.prove
+        self._moving: dict[str, str] = {}
+        self._moved: set[str] = set()
+        self._trouble = ""
+        self._paused = False
+        self._over = asyncio.Event()
+        self._orphan_since: float | None = None
+        self._seen_s = 0.0
+        self._looked_s = 0.0
+        self._owed = -1
+
+    # --- serving ---------------------------------------------------------------------
+
+    async def run(self, ready: asyncio.Event) -> None:
+        """Serve until nobody needs it; ``ready`` is set when it does.
+
+        Raises:
+            PveplugError: the landing store can't be read, or not be listened on.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            devices: dict[str, LandingDevice] = {}
+            for disk in self._record.disks:
+                landing = Landing.open(
+                    self._recovery.folder, self._recovery.runtime, disk.source
+                )
+                stack.callback(landing.close)
+                self._landings[disk.source] = landing
+                if disk.overlay:
+                    devices[disk.source] = stack.enter_context(LandingDevice(landing))
+            self._server = await stack.enter_async_context(
+                serve(devices, self._address())
+            )
+            control = await asyncio.start_unix_server(
+                self._control, self._recovery.control_socket, limit=MAX_LINE
+            )
+            stack.push_async_callback(control.wait_closed)
+            stack.callback(control.close)
+            stack.push_async_callback(self._end_migration)
+            ready.set()
+            sdnotify.notify("READY=1")
+            await self._moved_before()
+            while not self._over.is_set():
+                await self._tick()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_S):
+                        await self._over.wait()
+
+    def _address(self) -> Address:
+        if self._record.bind:
+            return TcpAddress(self._record.bind, self._record.port)
+        return UnixAddress(self._recovery.nbd_socket)
+
+    async def _end_migration(self) -> None:
+        if self._migration is not None and not self._migration.done():
+            self._migration.cancel()
+            await asyncio.wait([self._migration])
+
+    # --- orders ----------------------------------------------------------------------
+
+    async def _control(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            async with asyncio.timeout(10.0):
+                order = json.loads(await reader.readline())
+                answer = self._obey(order.get("do"))
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (OSError, ValueError, AttributeError, TimeoutError) as error:
+            log.warning("ir-control vm=%s: %s", self._record.vmid, error)
+        finally:
+            writer.close()
+
+    def _obey(self, order: object) -> dict[str, object]:
+        match order:
+            case "status":
+                pass
+            case "migrate":
+                self._migrate = True
+                self._trouble = ""
+            case "retire":
+                # The VM is gone, or being removed: nothing to serve any more.
+                self._over.set()
+            case _:
+                return {"error": f"no such order: {order!r}"}
+        return self.state().dump()
+
+    def state(self) -> State:
+        """Return how far it is."""
+        disks = [
+            DiskState(
+                disk.key,
+                disk.size,
+                self._landings[disk.source].owed_bytes,
+                disk.key in self._moved,
+                self._moving.get(disk.key, ""),
+            )
+            for disk in self._record.disks
+        ]
+        owed = sum(disk.owed for disk in disks)
+        if owed:
+            phase = "landing"
+        elif self._over.is_set():
+            phase = "done"
+        elif self._migration is not None and not self._migration.done():
+            phase = "migrating"
+        else:
+            phase = "landed"
+        return State(
+            phase,
+            self._trouble,
+            self._paused,
+            self._recovery.fed(),
+            self._server.clients if self._server else 0,
+            disks,
+        )
+
+    # --- looking after it ------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        now = asyncio.get_running_loop().time()
+        fed = self._recovery.fed()
+        record = self._recovery.load()
+        if record is None:  # discarded
+            self._over.set()
+            return
+        self._record = record
+        if self._orphaned(record, fed, now):
+            log.warning("ir-orphan vm=%s", record.vmid)
+            self._recovery.remove()
+            self._over.set()
+            return
+        owed = sum(landing.owed_bytes for landing in self._landings.values())
+        if owed != self._owed or self._seen_s == 0.0:
+            if self._owed >= 0 and self._paused:
+                await self._go_on("its data comes again")
+            self._owed, self._seen_s = owed, now
+        if owed:
+            overdue = now - self._seen_s > record.timeout
+            if overdue and not self._paused and record.handed:
+                await self._pause(owed)
+            return
+        if self._paused:
+            await self._go_on("all of its data is here")
+        if record.handed and self._migration is None and self._migrate:
+            self._migrate = False
+            self._migration = asyncio.create_task(self._move_all(), name="migration")
+        if self._migration is not None and self._migration.done():
+            done, self._migration = self._migration, None
+            await self._after(done)
+        if record.handed and now - self._looked_s > LOOK_S:
+            self._looked_s = now
+            if await self._config() is None:
+                log.warning("ir-gone vm=%s", record.vmid)
+                self._recovery.remove()
+                self._over.set()
+
+    def _orphaned(self, record: Record, fed: bool, now: float) -> bool:
+        """Whether nobody makes it any more, and nobody took it over."""
+        if record.handed or fed:
+            self._orphan_since = None
+            return False
+        if self._orphan_since is None:
+            self._orphan_since = now
+        return now - self._orphan_since > ORPHAN_S
+
+    async def _pause(self, owed: int) -> None:
+        """Stop the guest before its own patience ends; nothing of it is lost."""
+        record = self._record
+        text = (
+            f"Paused by pveplug: {human(owed)} of its disks have not come for "
+            f"{record.timeout} s (ir_timeout). Nothing is lost. Run the restore of job "
+            f"{record.head} again: it goes on where it was, and so does this VM. Or "
+            f"give it up: pveplug ir discard --vmid {record.vmid}"
+        )
+        self._paused = True
+        self._trouble = text
+        log.warning("ir-paused vm=%s owed=%s", record.vmid, owed)
+        if self._local.vm_running(record.vmid) is not None:
+            await self._quietly(self._local.suspend(record.vmid))
+        await self._note(text)
+
+    async def _go_on(self, why: str) -> None:
+        self._paused = False
+        self._trouble = ""
+        vmid = self._record.vmid
+        log.info("ir-resumed vm=%s: %s", vmid, why)
+        if self._local.vm_running(vmid) is not None:
+            await self._quietly(self._local.resume(vmid))
+        await self._note(running_note(self._record))
+
+    async def _note(self, text: str) -> None:
+        config = await self._config()
+        if config is not None:
+            described = noted(config.get("description", ""), text)
+            await self._quietly(
+                self._local.set_values(self._record.vmid, {"description": described})
+            )
+
+    async def _quietly(self, work: object) -> None:
+        """Await what must not end us when it fails; it is logged and told."""
+        try:
+            await work  # type: ignore[misc]
+        except PveplugError as error:
+            log.warning("ir vm=%s: %s", self._record.vmid, error)
+            self._trouble = str(error)
+
+    async def _config(self) -> dict[str, str] | None:
+        """Return the VM's configuration; None: it is gone; {}: it can't be read."""
+        try:
+            return dict((await self._local.config(self._record.vmid)).values)
+        except ProgramError as error:
+            if error.reason is Reason.VM_MISSING:
+                return None
+            log.warning("ir vm=%s: %s", self._record.vmid, error)
+            return {}
+
+    # --- moving away -----------------------------------------------------------------
+
+    async def _moved_before(self) -> None:
+        """Find out what an earlier keeper has moved."""
+        config = await self._config()
+        if config:
+            there = {drive.key: drive.file for drive in drives(config)}
+            for disk in self._record.served:
+                if there.get(disk.key, disk.overlay) != disk.overlay:
+                    self._moved.add(disk.key)
+
+    async def _move_all(self) -> None:
+        for disk in self._record.served:
+            if disk.key in self._moved:
+                continue
+            await self._move(disk)
+            self._moved.add(disk.key)
+
+    async def _move(self, disk: LandedDisk) -> None:
+        record = self._record
+        log.info("ir-move vm=%s disk=%s to=%s", record.vmid, disk.key, disk.storage)
+
+        def heard(line: str) -> None:
+            self._moving[disk.key] = line[-200:]
+
+        self._moving[disk.key] = "begins"
+        try:
+            await self._local.move_disk(
+                record.vmid,
+                disk.key,
+                disk.storage,
+                form=disk.form,
+                bwlimit=record.bwlimit,
+                on_line=heard,
+            )
+        finally:
+            self._moving.pop(disk.key, None)
+
+    async def _after(self, migration: asyncio.Task[None]) -> None:
+        """See how the migration ended."""
+        record = self._record
+        if migration.cancelled():
+            return
+        error = migration.exception()
+        if error is None:
+            await self._finish()
+            return
+        if not isinstance(error, PveplugError):
+            raise error
+        self._trouble = (
+            f"a disk could not be moved: {error}. The VM goes on as it is. Remedy: "
+            f"mend that, then pveplug ir migrate --vmid {record.vmid}"
+        )
+        log.warning("ir-migration vm=%s: %s", record.vmid, error)
+        await self._note(self._trouble)
+
+    async def _finish(self) -> None:
+        """The VM stands on its own: take our traces away and end."""
+        record = self._record
+        config = await self._config()
+        if config:
+            values, delete = finished(record, config)
+            await self._quietly(
+                self._local.set_values(record.vmid, values, delete=delete)
+            )
+            if self._trouble:
+                return  # told; `pveplug ir migrate` tries again
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + LINKS_S
+        while loop.time() < deadline:
+            if not (self._server and self._server.clients):
+                break
+            await asyncio.sleep(0.1)
+        log.info("ir-done vm=%s", record.vmid)
+        self._recovery.remove()
+        self._over.set()
+
+
+def running_note(record: Record) -> str:
+    """Return what a recovered VM's notes say while it depends on us."""
+    return (
+        f"This VM was started from backup {record.head}; its disks still come. Do not "
+        "clone, migrate or remove it meanwhile.\n"
+        f"State: pveplug ir status --vmid {record.vmid}. To give it up: pveplug ir "
+        f"discard --vmid {record.vmid}"
+    )
+
+
+def finished(
+    record: Record, config: dict[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return what to set and what to delete when a VM needs us no more."""
+    values: dict[str, str] = {}
+    delete: list[str] = []
+
+    def put(key: str, value: str) -> None:
+        if value:
+            values[key] = value
+        elif config.get(key):
+            delete.append(key)
+
+    put("description", without_note(config.get("description", "")))
+    put("tags", untagged(config.get("tags", "")))
+    put("protection", record.notes.get("protection", ""))
+    put("onboot", record.notes.get("onboot", ""))
+    there = {drive.key: drive for drive in drives(config)}
+    for disk in record.served:
+        drive = there.get(disk.key)
+        if drive is None:
+            continue
+        # rerror and werror stood there for us; PVE applies that at the next start.
+        mine = dict(disk.options)
+        options = tuple(
+            (name, mine.get(name, value))
+            for name, value in drive.options
+            if name not in ("rerror", "werror") or name in mine
+        )
+        if options != drive.options:
+            values[disk.key] = Drive(disk.key, drive.file, options).render()
+    return values, delete
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if len(words) != 1 or not words[0].isdecimal():
+        sys.stderr.write(
+            "usage: podheitor-proxmox-ir VMID\n\nServes the disks of an instant "
+            "recovery; started by restore jobs and by `pveplug ir resume`.\n"
+        )
+        return 2
+    try:
+        node = load_node()
+        if node.keeper == "unit":
+            own_log.setup_service()
+        else:
+            own_log.setup_backend(node.log_file)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_main(node, int(words[0])))
+    except PveplugError as error:
+        log.critical("ir-keeper: %s", error)
+        return EX_UNAVAILABLE
+    except Exception:
+        log.critical("ir-keeper failed", exc_info=True)
+        return EX_SOFTWARE
+
+
+async def _main(node: Node, vmid: int) -> int:
+    recovery = Recovery(node, vmid)
+    record = recovery.load()
+    if record is None:
+        log.info("ir-keeper vm=%s: no recovery of this VM", vmid)
+        await disable_unit(node, vmid)
+        return EX_OK
+    recovery.make_runtime()
+    with own_log.context(vm=vmid), recovery.keeping() as ours:
+        if not ours:
+            log.info("ir-keeper: another serves already")
+            return EX_OK
+        keeper = Keeper(node, recovery, record)
+        work = asyncio.create_task(keeper.run(asyncio.Event()), name="keeper")
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, work.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+    if recovery.load() is None:
+        await disable_unit(node, vmid)
+    return EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people see of an instant recovery in Proxmox VE: a tag and a few lines of notes.
+
+The lines stand before the VM's own description, between two marks, so that they can be
+changed and taken away again while its user edits the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pveplug.proto.pve_values import split_tags
+
+TAG: Final = "pveplug-ir"
+BEGIN: Final = "[pveplug: instant recovery]"
+END: Final = "[pveplug: end]"
+MAX_DESCRIPTION: Final = 8 * 1024
+"""PVE's own limit."""
+
+
+def noted(description: str, text: str) -> str:
+    """Return the description with ``text`` as our note; an old note is replaced."""
+    own = without_note(description)
+    note = f"{BEGIN}\n{text}\n{END}"
+    room = MAX_DESCRIPTION - len(note) - 2
+    return f"{note}\n\n{own[:room]}" if own else note
+
+
+def without_note(description: str) -> str:
+    """Return the description as its user wrote it."""
+    before, begin, rest = description.partition(BEGIN)
+    if not begin:
+        return description
+    _, end, after = rest.partition(END)
+    return (before + (after if end else "")).strip("\n")
+
+
+def tagged(tags: str) -> str:
+    """Return the tags with ours."""
+    return ";".join([*_others(tags), TAG])
+
+
+def untagged(tags: str) -> str:
+    """Return the tags without ours."""
+    return ";".join(_others(tags))
+
+
+def _others(tags: str) -> list[str]:
+    return [tag for tag in split_tags(tags) if tag != TAG]

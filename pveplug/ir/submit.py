@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chain restored newest first: one restore job per job of it, into one recovery.
+
+Bacula delivers a chain oldest first, so the cluster a guest boots from may come last.
+Here each job of the chain gets a restore job of its own, the newest first; what a newer
+job brought is final, an older one only fills gaps. Every restore job names all JobIds
+of the chain and marks only its own directory: so the restore objects of the whole chain
+arrive with each, and the recovery knows from the first what is still owed.
+
+A VM with EFI variables or a TPM gets one restore job more, before the others: only
+those small images, of the whole chain, since QEMU can't wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from pveplug.bconsole import Head, Part, age
+from pveplug.errors import JobError, RequestError
+from pveplug.images import manifest
+from pveplug.proto.bconsole import BaculaJob, Progress, RestoreOrder
+from pveplug.units import human
+
+FIRMWARE_KEYS: Final = ("efidisk0", "tpmstate0")
+"""Disks that must be whole before the VM starts."""
+FIRST_OF_EACH: Final = (manifest.LAYOUT_FILE,)
+FIRST_OF_HEAD: Final = (
+    manifest.LAYOUT_FILE,
+    manifest.CONFIG_FILE,
+    manifest.FIREWALL_FILE,
+    manifest.MANIFEST_FILE,
+)
+"""What goes with the firmware, where a job has it: to tell the head by."""
+
+LOOKS: Final = 15
+"""A line of progress for so many looks at a job: every half minute."""
+
+
+class RestoreConsole(Protocol):
+    """What a submission needs of Bacula; :class:`pveplug.bconsole.Console` has it."""
+
+    async def chain(self, head: BaculaJob) -> list[BaculaJob]: ...
+    async def parts(self, job: BaculaJob, vmid: int) -> list[Part]: ...
+    async def head(
+        self, vmid: int, *, job: int | str | None = None, client: str | None = None
+    ) -> Head: ...
+    async def restore_jobs(self) -> list[str]: ...
+    async def preview(self, order: RestoreOrder) -> None: ...
+    async def restore(self, order: RestoreOrder) -> int: ...
+    async def wait(
+        self,
+        job_id: int,
+        report: Callable[[Progress], None],
+        on_log: Callable[[str], None],
+    ) -> BaculaJob: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One restore job; ``title`` says which, for a line of progress."""
+
+    title: str
+    order: RestoreOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The restore jobs of a recovery, in the order in which they run.
+
+    Attributes:
+        head: the backup it goes back to.
+        chain: Bacula's jobs, oldest first; ``parts``: the VM's directories in them,
+            newest first.
+        remarks: what an operator should know before, a line each.
+    """
+
+    head: Head
+    chain: tuple[BaculaJob, ...]
+    parts: tuple[Part, ...]
+    steps: tuple[Step, ...]
+    remarks: tuple[str, ...] = ()
+
+
+async def make_plan(
+    console: RestoreConsole,
+    vmid: int,
+    where: str,
+    *,
+    job: int | str | None = None,
+    client: str | None = None,
+    restore_client: str | None = None,
+    restore_job: str | None = None,
+) -> Plan:
+    """Find the backup and its chain, and plan its restore jobs; submit nothing.
+
+    Args:
+        vmid: the VM's id when it was backed up.
+        where: of each restore job.
+        job: a JobId or a job's name; None: the newest good backup of any.
+        client: only its backups.
+        restore_client: who restores; None: whose backup it is.
+        restore_job: the Job resource; None: the Director's only one.
+
+    Raises:
+        RequestError: there is no such backup, or its chain is broken.
+        ConfigError, TransportError: as the console's.
+    """
+    head = await console.head(vmid, job=job, client=client)
+    chain = await console.chain(head.job)
+    parts = [part for link in chain for part in await console.parts(link, vmid)]
+    if restore_job is None:
+        restore_job = _only(await console.restore_jobs())
+    return planned(
+        head,
+        chain,
+        parts,
+        where=where,
+        restore_client=restore_client or head.job.client,
+        restore_job=restore_job,
+    )
+
+
+def _only(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise RequestError(
+            "the Director shows this console no Job of Type = Restore: define one, or "
+            "extend the console's JobACL"
+        )
+    raise RequestError(
+        f"the Director has {len(names)} restore jobs ({', '.join(names[:8])}): name "
+        "one with --restore-job"
+    )
+
+
+def planned(
+    head: Head,
+    chain: Sequence[BaculaJob],
+    found: Sequence[Part],
+    *,
+    where: str,
+    restore_client: str,
+    restore_job: str,
+) -> Plan:
+    """Return the restore jobs of a chain, newest first, firmware before all.
+
+    Args:
+        chain: Bacula's jobs, oldest first, the head's last.
+        found: what they have of the VMs with the head's vmid.
+
+    Raises:
+        RequestError: the VM is missing in a part of the chain that must have it, or
+            two jobs have the same directory.
+    """
+    own = [part for part in found if part.vm == head.part.vm]
+    parts = sorted(own, key=age, reverse=True)
+    if not parts or parts[0] != head.part:
+        newest = parts[0].directory if parts else "none"
+        raise RequestError(
+            f"the newest directory of the chain is {newest}, not {head.part.directory} "
+            "of the backup to go back to: Bacula's catalogue changed meanwhile; run "
+            "the same command again"
+        )
+    if len({part.directory for part in parts}) != len(parts):
+        raise RequestError("two jobs of the chain have the same directory")
+    job_ids = tuple(job.job_id for job in chain)
+
+    def step(title: str, *marks: tuple[str, tuple[str, ...]]) -> Step:
+        order = RestoreOrder(
+            job_ids, marks, where, head.job.client, restore_client, restore_job
+        )
+        return Step(title, order)
+
+    steps = [
+        step(f"{part.job} (JobId {part.job_id})", (part.directory, part.names))
+        for part in parts
+    ]
+    if marks := firmware_marks(parts):
+        steps.insert(0, step("firmware state of the whole chain", *marks))
+    return Plan(head, tuple(chain), tuple(parts), tuple(steps), _remarks(head, found))
+
+
+def firmware_marks(parts: Sequence[Part]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return what is restored before all else, newest part first; empty: nothing.
+
+    Args:
+        parts: newest first.
+    """
+    keys = [key for key in FIRMWARE_KEYS if manifest.image_file(key) in parts[0].names]
+    if not keys:
+        return []
+    images = {
+        name
+        for key in keys
+        for name in (manifest.image_file(key), manifest.digest_file(key))
+    }
+    marks: list[tuple[str, tuple[str, ...]]] = []
+    for part in parts:
+        small = FIRST_OF_EACH if marks else FIRST_OF_HEAD
+        names = tuple(name for name in part.names if name in images or name in small)
+        if names:
+            marks.append((part.directory, names))
+    return marks
+
+
+def _remarks(head: Head, found: Sequence[Part]) -> tuple[str, ...]:
+    remarks = [f"passed over {line}" for line in head.skipped]
+    others = {part.vm for part in found} | set(head.others)
+    for other in sorted(others - {head.part.vm}):
+        remarks.append(
+            f"the chain also has {other}, another VM with this id; taken is "
+            f"{head.part.vm}, of the newest job"
+        )
+    return tuple(remarks)
+
+
+async def submit(
+    console: RestoreConsole,
+    plan: Plan,
+    say: Callable[[str], None],
+    *,
+    again: str,
+    started: Callable[[int | None], None] = lambda _: None,
+) -> list[int]:
+    """Run the restore jobs one after another; return their JobIds.
+
+    Args:
+        say: takes lines of progress.
+        again: the command that goes on where this one ended.
+        started: told the JobId that runs now, None in between. Cancelling this leaves
+            that job running in Bacula, and submits no other.
+
+    Raises:
+        JobError: a restore job did not end well; no other was submitted, and the
+            recovery stays as it is.
+    """
+    done: list[int] = []
+    total = len(plan.steps)
+    for number, step in enumerate(plan.steps, 1):
+        job_id = await console.restore(step.order)
+        started(job_id)
+        done.append(job_id)
+        which = f"restore job {job_id} ({number} of {total})"
+        say(f"{which}: {step.title}, {_files(step.order.files)}")
+        watch = _Watch(which, step.order, say)
+        job = await console.wait(job_id, watch.progress, watch.log)
+        started(None)
+        if not job.good:
+            raise JobError(
+                f"{which}, {step.title}, {job.state}{watch.why}",
+                vm=plan.head.part.vm,
+                phase="restore",
+                remedy=f"what has arrived stays and is served; when the cause is gone: "
+                f"{again}",
+            )
+        say(f"{which}: {job.state}, {human(job.bytes)}")
+    return done
+
+
+class _Watch:
+    """Turns one job's progress and log into lines, as few as tell the story."""
+
+    def __init__(
+        self, which: str, order: RestoreOrder, say: Callable[[str], None]
+    ) -> None:
+        self._which = which
+        self._order = order
+        self._say = say
+        self._state = ""
+        self._looks = 0
+        self._errors: list[str] = []
+
+    @property
+    def why(self) -> str:
+        """The first thing that Bacula called an error, to follow the state."""
+        return f": {self._errors[0]}" if self._errors else ""
+
+    def progress(self, progress: Progress) -> None:
+        if progress.status != "R" and progress.state != self._state:
+            self._state = progress.state
+            if progress.status not in "CTW":
+                self._say(f"{self._which}: {progress.state}")
+        self._looks += 1
+        if self._looks % LOOKS == 0 and progress.bytes is not None:
+            of = f" of {progress.expected_files}" if progress.expected_files else ""
+            self._say(
+                f"{self._which}: {progress.state}, {human(progress.bytes)}, "
+                f"file {progress.files}{of}"
+            )
+
+    def log(self, line: str) -> None:
+        """Repeat what the restoring client says: it is the recovery that speaks."""
+        client = f"{self._order.restore_client} JobId "
+        said = line.partition(": ")[2] if line.startswith(client) else ""
+        if "Fatal error:" in line or " Error:" in line:
+            self._errors.append(" ".join((said or line).split()))
+        if said:
+            self._say(f"{self._which}: {said}")
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def where_values(
+    vmid: int, new_vmid: int | None, options: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the restore options of an instant recovery, as ``where`` carries them.
+
+    The VM is named by its old id, for the restore objects of a job's other VMs arrive
+    with its own.
+    """
+    target = "next" if new_vmid is None else str(new_vmid)
+    return {"mode": "instant", "restore_vmid": f"{vmid}:{target}", **options}

@@ -1,0 +1,579 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target of an instant recovery: a VM that runs while its disks still come.
+
+Takes the place of :class:`~pveplug.restore_vm.VmTarget` in a restore job::
+
+    claim the VMID ── create without disks ── lock ── overlays, landing store, keeper
+        images ──► landing store ──► (keeper) ──► VM
+        EFI and TPM complete, first cluster here ── unlock ── attach ── start
+    end of the job: everything is here ── the keeper moves the disks ── done
+
+Until the VM is handed over (which is before its start) a failure undoes everything.
+From then on nothing is undone: what is owed makes the guest wait, and the next run of
+the restore job goes on where this one ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from pveplug.config import Instant, RestoreConfig
+from pveplug.errors import JobError, PveplugError, RequestError, TransportError
+from pveplug.events import Reporter
+from pveplug.ir import overlay
+from pveplug.ir.control import State, ask, start_keeper
+from pveplug.ir.firmware import copy_landed
+from pveplug.ir.keeper import running_note
+from pveplug.ir.landing import Landing, LandingError
+from pveplug.ir.notes import noted, tagged
+from pveplug.ir.presence import Mark
+from pveplug.ir.record import LandedDisk, Record, Recovery, recoveries
+from pveplug.ir.sink import LandingSink
+from pveplug.node import Node
+from pveplug.pve import PveApi
+from pveplug.pve_local import PveLocal
+from pveplug.restore_disk import DiskWriter, Limit
+from pveplug.restore_vm import Goal, VmTarget, Volume
+from pveplug.tasks import to_the_end
+from pveplug.units import human
+from pveplug.vmconfig import smbios_uuid
+from pveplug.vmrestore import DiskPlan
+
+log = logging.getLogger(__name__)
+
+FEED_WAIT_S: Final = 60.0
+LOOK_S: Final = 0.1
+MIGRATION_LOOK_S: Final = 1.0
+PROGRESS_S: Final = 30.0
+START_S: Final = 300.0
+FIRMWARE: Final = ("efidisk0", "tpmstate0")
+SYNC_STORAGES: Final = frozenset({"lvm", "cifs"})
+"""On which PVE refuses io_uring, QEMU's default, in a move."""
+
+
+class InstantTarget(VmTarget):
+    """One VM being recovered; used as :class:`VmTarget` is."""
+
+    def __init__(
+        self,
+        config: RestoreConfig,
+        instant: Instant,
+        node: Node,
+        api: PveApi,
+        local: PveLocal,
+        goal: Goal,
+        limit: Limit,
+        say: Reporter,
+    ) -> None:
+        super().__init__(config, node, api, local, goal, limit, say)
+        self._instant = instant
+        self._landings: dict[str, Landing] = {}
+        self._feeding = contextlib.AsyncExitStack()
+        self._recovery: Recovery | None = None
+        self._record: Record | None = None
+        self._resumed = False
+        self._starter: asyncio.Task[None] | None = None
+        self._began = time.monotonic()
+        self._start_failed = ""
+        self._job = ""
+
+    @property
+    def recovery(self) -> Recovery:
+        """Where its things are."""
+        if self._recovery is None:
+            raise JobError("the recovery has not begun", phase="instant recovery")
+        return self._recovery
+
+    @property
+    def record(self) -> Record:
+        """What is written down of it."""
+        if self._record is None:
+            raise JobError("the recovery has not begun", phase="instant recovery")
+        return self._record
+
+    @property
+    def vmid(self) -> int:
+        """The VM's id; 0 until it is known."""
+        return self._record.vmid if self._resumed and self._record else super().vmid
+
+    # --- the beginning ---------------------------------------------------------------
+
+    async def begin(self, job: str) -> None:
+        """Make the VM, or find the one that an earlier job has begun."""
+        if self._goal.chain is not None and await self._resume():
+            return
+        self._job = job
+        await super().begin(job)
+        self._recovery = Recovery(self._node, self.vmid)
+        await self._clear_old()
+        self.recovery.make()
+        await self._feeding.enter_async_context(self.recovery.feeding(FEED_WAIT_S))
+        if self._goal.chain is None:
+            self._say.info(
+                f"VM {self.vmid}: without restore objects it is not known which job "
+                "has the last word on a cluster: the VM starts when everything is here"
+            )
+            return
+        self._check_room()
+        await self._establish(job)
+        self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    async def _resume(self) -> bool:
+        """Go on with a recovery of the same backup that isn't complete."""
+        manifest = self._goal.manifest
+        wanted = self._config.vmid_for(manifest.vmid)
+        for vmid in recoveries(self._node):
+            recovery = Recovery(self._node, vmid)
+            record = recovery.load()
+            if (
+                record is None
+                or not record.handed
+                or record.head != manifest.job
+                or record.directory != manifest.directory.rsplit("/", 1)[0]
+                or wanted not in (None, vmid)
+            ):
+                continue
+            await self._check_still_there(record)
+            await self._feeding.enter_async_context(recovery.feeding(FEED_WAIT_S))
+            self._recovery, self._record, self._resumed = recovery, record, True
+            recovery.make_runtime()
+            state = await start_keeper(self._node, recovery)
+            if not state.owed:
+                self._say.info(
+                    f"VM {vmid}: everything of job {record.head} is here already"
+                )
+            else:
+                self._say.info(
+                    f"VM {vmid}: goes on where an earlier job ended, "
+                    f"{human(state.owed)} are owed"
+                )
+            self._goal.volumes = {
+                disk.source: Volume(_plan_of(disk)) for disk in record.disks
+            }
+            for disk in record.disks:
+                self._landings[disk.source] = self._opened(disk.source)
+            return True
+        return False
+
+    async def _check_still_there(self, record: Record) -> None:
+        config = await self._api.vm_config(self._here, record.vmid)
+        if smbios_uuid(config.values) != record.uuid:
+            raise JobError(
+                "the VM that has this id now is not the one being recovered.",
+                vm=str(record.vmid),
+                phase="instant recovery",
+                remedy=f"pveplug ir discard --vmid {record.vmid}, then restore again.",
+            )
+
+    async def _clear_old(self) -> None:
+        """Remove what a VM that had this id before has left in the landing store."""
+        if self.recovery.folder.exists():
+            with contextlib.suppress(TransportError):
+                await ask(self.recovery, "retire")
+            self.recovery.remove()
+
+    def _check_room(self) -> None:
+        """Refuse early what can't end well.
+
+        Raises:
+            JobError: the landing store is too small for what will come.
+        """
+        chain = self._goal.chain
+        assert chain is not None  # noqa: S101 - asked for before
+        need = sum(
+            chain.owned(job, key).data_bytes
+            for key in chain.keys
+            if chain.mapped(key)
+            for job in chain.members(key)
+        )
+        found = os.statvfs(self.recovery.folder)
+        free = found.f_bavail * found.f_frsize
+        if need > free:
+            raise JobError(
+                f"its disks hold {human(need)}, and {self._node.landing_dir} has only "
+                f"{human(free)} free.",
+                vm=str(self.vmid),
+                phase="instant recovery",
+                remedy="name a place with more room by landing_dir in node.toml, or "
+                "restore without mode=instant.",
+            )
+
+    async def _establish(self, job: str) -> None:
+        """Make overlays, landing store and keeper; nothing of it is the VM's yet."""
+        instant = self._instant
+        settings = await self._api.storage_settings()
+        where = overlay.choose(
+            instant.overlay_storage, self._storages.values(), settings
+        )
+        manifest = self._goal.manifest
+        plan = self._plan
+        assert plan is not None  # noqa: S101 - begin() has made it
+        made = self._made.journal.entry
+        record = Record(
+            vmid=self.vmid,
+            uuid=made.uuid,
+            node=self._here,
+            directory=manifest.directory.rsplit("/", 1)[0],
+            head=manifest.job,
+            job=job,
+            created=time.time(),
+            timeout=instant.timeout,
+            jobs=list(self._goal.chain.jobs) if self._goal.chain else [],
+            auto_migrate=instant.auto_migrate,
+            bwlimit=instant.bwlimit,
+            bind=instant.nbd_bind or "",
+            port=_port(instant),
+            notes={
+                key: plan.late_params.get(key, "") for key in ("onboot", "protection")
+            },
+            prove=self._config.prove is not None,
+        )
+        self._record = record
+        record.disks = [
+            LandedDisk(
+                volume.plan.source_key,
+                volume.plan.key,
+                volume.plan.size,
+                volume.plan.storage,
+                volume.plan.format,
+                "" if volume.plan.key in FIRMWARE else where.name,  # volume id below
+                volume.plan.options,
+            )
+            for volume in self._goal.volumes.values()
+        ]
+        for disk in record.disks:
+            if disk.source not in self._landings:
+                self._landings[disk.source] = Landing.create(
+                    self.recovery.folder, self.recovery.runtime, disk.source, disk.size
+                )
+        for number, disk in enumerate(record.disks):
+            if not disk.overlay:
+                continue
+            volume = self._goal.volumes[disk.source]
+            volume.volid = await self._made.allocate(
+                where,
+                disk.size,
+                "qcow2",
+                used=[v.volid for v in self._goal.volumes.values() if v.volid],
+                disk=disk.source,
+                key="ir_overlay_storage",
+            )
+            record.disks[number] = dataclasses.replace(disk, overlay=volume.volid)
+            await overlay.write_overlay(
+                self._node,
+                await self._local.volume_path(volume.volid),
+                disk.size,
+                overlay.backing_name(record, self.recovery, disk.source),
+            )
+        self.recovery.save(record)
+        await start_keeper(self._node, self.recovery)
+
+    # --- disks -----------------------------------------------------------------------
+
+    def _opened(self, key: str) -> Landing:
+        return Landing.open(self.recovery.folder, self.recovery.runtime, key)
+
+    async def _open(self, volume: Volume) -> DiskWriter:
+        plan = volume.plan
+        key = plan.source_key
+        chain = self._goal.chain
+        final = chain is not None and chain.mapped(key)
+        if key not in self._landings:
+            self._landings[key] = Landing.create(
+                self.recovery.folder, self.recovery.runtime, key, plan.size
+            )
+        writer = DiskWriter(key, chain=chain, zeroed=False, limit=self._limit)
+        self._serving.push_async_callback(writer.give_up)
+        await writer.begin(
+            LandingSink(self._landings[key], final=final), self._landings[key].size
+        )
+        return writer
+
+    def write_failed(self, key: str, error: RequestError) -> JobError:
+        """Return the error for what the landing store refused."""
+        return JobError(
+            f"{error}.",
+            vm=str(self.vmid),
+            disk=key,
+            phase="land",
+            remedy=f"make room in {self._node.landing_dir}, then run the restore "
+            "again; the VM's own writes are safe, and its reads wait.",
+        )
+
+    # --- the VM ----------------------------------------------------------------------
+
+    async def _start_early(self) -> None:
+        """Start the VM as soon as it can read its first cluster."""
+        served = [disk.source for disk in self.record.served]
+        firmware = [d.source for d in self.record.disks if not d.overlay]
+        while True:
+            if all(self._landings[key].complete for key in firmware) and any(
+                self._anything(key) for key in served
+            ):
+                break
+            await asyncio.sleep(LOOK_S)
+        await to_the_end(self._start_vm())
+
+    def _anything(self, key: str) -> bool:
+        landing = self._landings[key]
+        return any(mark is not Mark.OWED for *_, mark in landing.kinds(0, landing.size))
+
+    async def _start_vm(self) -> None:
+        """Give the VM its disks, hand it over, start it."""
+        await self._attach()
+        if not self.record.prove:
+            self.record.handed = True
+            self.recovery.save(self.record)
+            self._made.handed_over()
+        here = sum(
+            landing.size - landing.owed_bytes for landing in self._landings.values()
+        )
+        size = sum(landing.size for landing in self._landings.values())
+        try:
+            await self._api.start_vm(self._here, self.vmid, timeout_s=START_S)
+        except PveplugError as error:
+            self._start_failed = str(error)
+            self._say.error(
+                f"VM {self.vmid} was not started: {error}. Its disks go on landing; "
+                f"mend that and start it (qm start {self.vmid})"
+            )
+        else:
+            self._say.info(
+                f"VM {self.vmid} runs, {time.monotonic() - self._began:.1f} s after "
+                f"this job began on it; {human(here)} of {human(size)} are here"
+            )
+
+    async def _attach(self) -> None:
+        plan = self._plan
+        assert plan is not None  # noqa: S101 - begin() has made it
+        for disk in self.record.disks:
+            if not disk.overlay:
+                await self._place_firmware(disk)
+        await self._made.unlock()
+        params: dict[str, str] = {}
+        if self._adopted:
+            params.update(plan.params)
+        for disk in self.record.disks:
+            volume = self._goal.volumes[disk.source]
+            value = dataclasses.replace(
+                volume.plan, options=_patient(disk, self._kind_of(disk.storage))
+            ).drive_value(volume.volid)
+            params[disk.key] = (
+                value if disk.overlay else volume.plan.drive_value(volume.volid)
+            )
+        params.update(plan.late_params)
+        params["onboot"] = "0"
+        if not self.record.prove:
+            params["protection"] = "1"
+            params["tags"] = tagged(plan.params.get("tags", ""))
+            params["description"] = noted(
+                plan.params.get("description", ""), running_note(self.record)
+            )
+        for text in await self._api.update_config(
+            self._here, self.vmid, params, delete=self._stale
+        ):
+            self._say.warning(f"VM {self.vmid}: {text}")
+        # The volumes are the VM's from here on; destroying it frees them.
+        self._made.journal.undone(volumes=list(self._surplus))
+        self._write_firewall()
+
+    def _kind_of(self, storage: str) -> str:
+        found = self._storages.get(storage)
+        return found.type if found else ""
+
+    async def _place_firmware(self, disk: LandedDisk) -> None:
+        """Copy EFI variables or TPM state, now whole, to a volume of their own."""
+        volume = self._goal.volumes[disk.source]
+        storage = self._storages[disk.storage]
+        volume.volid = await self._made.allocate(
+            storage,
+            disk.size,
+            disk.form,
+            used=[v.volid for v in self._goal.volumes.values() if v.volid],
+            disk=disk.source,
+        )
+        path = await self._made.activate(volume.volid)
+        await copy_landed(self._node, self._landings[disk.source], path, disk.form)
+        await self._made.deactivate_all()
+
+    # --- the end ---------------------------------------------------------------------
+
+    async def commit(self) -> None:
+        """See that all has landed that this job brought, and lead the VM on."""
+        for key, volume in self._goal.volumes.items():
+            if volume.writer is not None:
+                try:
+                    await volume.writer.finish()
+                except LandingError as error:
+                    raise self.write_failed(key, error) from error
+        await self._serving.aclose()
+        if self._goal.chain is None:
+            self._check_delivered()
+            await self._establish(self._job)
+            await self._start_vm()
+        elif self._starter is not None:
+            await self._started_or_not()
+        owed = {
+            key: landing.owed_bytes
+            for key, landing in self._landings.items()
+            if landing.owed_bytes
+        }
+        if not self._resumed and not self.record.handed and not self.record.prove:
+            # Not startable yet, and more jobs may follow: it is the user's now.
+            await self._hand_over_unstarted()
+        if owed:
+            self._tell_owed(owed)
+            return
+        self._say.info(f"VM {self.vmid}: all of its data is here")
+        if not self.record.prove:
+            await self._feeding.aclose()
+            await self._see_it_move()
+
+    async def _hand_over_unstarted(self) -> None:
+        await self._made.unlock()
+        self.record.handed = True
+        self.recovery.save(self.record)
+        self._made.handed_over()
+
+    async def _started_or_not(self) -> None:
+        """Let the starter end; it has nothing to wait for any more."""
+        starter, self._starter = self._starter, None
+        assert starter is not None  # noqa: S101 - asked for before
+        done, _ = await asyncio.wait([starter], timeout=5 * LOOK_S)
+        if not done and not self.record.handed:
+            starter.cancel()
+            await asyncio.wait([starter])
+        await asyncio.wait([starter])
+        if not starter.cancelled():
+            starter.result()
+
+    def _check_delivered(self) -> None:
+        for key, volume in self._goal.volumes.items():
+            if volume.writer is None or not volume.writer.complete:
+                raise JobError(
+                    "Bacula did not deliver the whole disk.",
+                    vm=str(self.vmid),
+                    disk=key,
+                    phase="instant recovery",
+                    remedy="select the whole directory of the VM, in every job of the "
+                    "chain.",
+                )
+
+    def _tell_owed(self, owed: Mapping[str, int]) -> None:
+        chain = self._goal.chain
+        missing = sorted(
+            {
+                job
+                for key in owed
+                for job in (chain.members(key) if chain else ())
+                if job not in self._written_jobs(key)
+            }
+        )
+        listed = ", ".join(f"{key} {human(size)}" for key, size in sorted(owed.items()))
+        self._say.warning(
+            f"VM {self.vmid}: still owed: {listed}"
+            + (f", of {', '.join(missing)}" if missing else "")
+            + "; the guest waits where it reads that. Restore those jobs, too "
+            "(pveplug ir start does)"
+        )
+
+    def _written_jobs(self, key: str) -> list[str]:
+        volume = self._goal.volumes.get(key)
+        return volume.writer.written.jobs if volume and volume.writer else []
+
+    async def _see_it_move(self) -> None:
+        """Wait for the keeper's migration and tell how it goes."""
+        if not self.record.auto_migrate:
+            self._say.info(
+                f"VM {self.vmid} stays on its overlays (ir_auto_migrate=no): "
+                f"`pveplug ir migrate --vmid {self.vmid}` moves it, "
+                f"`pveplug ir discard --vmid {self.vmid}` gives it up"
+            )
+            return
+        told = time.monotonic()
+        while (state := await self._state()) is not None:
+            if state.trouble:
+                self._say.error(f"VM {self.vmid}: {state.trouble}")
+                return
+            if time.monotonic() - told > PROGRESS_S:
+                told = time.monotonic()
+                for disk in state.disks:
+                    if disk.moving:
+                        self._say.info(f"VM {self.vmid} {disk.key}: {disk.moving}")
+            await asyncio.sleep(MIGRATION_LOOK_S)
+        self._say.info(
+            f"VM {self.vmid}: its disks are on their storage; nothing of the recovery "
+            "is left"
+        )
+
+    async def _state(self) -> State | None:
+        """Return what the keeper says; None: the recovery is over."""
+        for _ in range(20):
+            if self.recovery.load() is None:
+                return None
+            try:
+                return await ask(self.recovery, "status")
+            except TransportError as error:
+                log.warning("ir-keeper vm=%s: %s", self.vmid, error)
+                if self.recovery.load() is None:
+                    return None
+                await start_keeper(self._node, self.recovery)
+        raise TransportError(
+            f"the keeper of VM {self.vmid} ends again and again; its log says why"
+        )
+
+    async def _undo(self) -> None:
+        """Undo what the VM doesn't depend on yet; else tell what waits."""
+        if self._starter is not None:
+            self._starter.cancel()
+            await asyncio.wait([self._starter])
+            self._starter = None
+        with contextlib.suppress(Exception):
+            await self._serving.aclose()
+        handed = self._resumed or bool(self._record and self._record.handed)
+        for landing in self._landings.values():
+            landing.close()
+        if self._recovery is not None and not handed:
+            with contextlib.suppress(PveplugError):
+                await ask(self._recovery, "retire")
+            self._recovery.remove()
+        await self._feeding.aclose()
+        await self._made.undo()
+
+
+def _plan_of(disk: LandedDisk) -> DiskPlan:
+    return DiskPlan(
+        disk.source, disk.key, disk.size, disk.storage, disk.form, disk.options
+    )
+
+
+def _patient(disk: LandedDisk, target: str) -> tuple[tuple[str, str], ...]:
+    """Return a drive's options while it depends on us.
+
+    rerror and werror pause the guest instead of failing its requests.
+    """
+    options = dict(disk.options)
+    options.update(rerror="stop", werror="stop")
+    if target in SYNC_STORAGES and "aio" not in options:
+        options["aio"] = "threads"
+    return tuple(options.items())
+
+
+def _port(instant: Instant) -> int:
+    """Return the TCP port to serve on, which must outlive a keeper; 0: a socket."""
+    if instant.nbd_bind is None:
+        return 0
+    if instant.nbd_port:
+        return instant.nbd_port
+    family = socket.AF_INET6 if ":" in instant.nbd_bind else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((instant.nbd_bind, 0))
+        return int(probe.getsockname()[1])
