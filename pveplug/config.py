@@ -615,7 +615,6 @@ def _prove(values: Mapping[str, Any]) -> Prove:
         memory=_value(values, "prove_memory"),
         report=_value(values, "prove_report"),
     )
-    return config, values
 
 
 def parse_restore_options(text: str) -> dict[str, Any]:

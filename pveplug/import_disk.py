@@ -266,11 +266,10 @@ class ImportDisk:
 
     # --- the end ---------------------------------------------------------------------
 
-    async def edges(self, first: int, last: int) -> tuple[bytes, bytes]:
-        """Return the first and the last bytes of the disk, as they were written."""
-        head = await self.client.read(0, min(first, self.size))
-        tail = min(last, self.size)
-        return bytes(head), bytes(await self.client.read(self.size - tail, tail))
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return what was written there; shorter at the end of the disk."""
+        length = min(length, self.size - offset)
+        return bytes(await self.client.read(offset, length)) if length > 0 else b""
 
     @property
     def crc32(self) -> int | None:

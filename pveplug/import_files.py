@@ -187,7 +187,7 @@ class ForeignFiles:
                 vm=str(vm.vmid) if vm.vmid else vm.name,
                 disk=arrival.file,
                 phase="import",
-                remedy="take another copy of the file (another JobId), or leave it out.",
+                remedy="take another copy of it (another JobId), or leave it out.",
             ) from error
 
     async def _batches(

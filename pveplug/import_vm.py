@@ -18,12 +18,24 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pveplug.config import ImportConfig
-from pveplug.errors import ConfigError, JobError, NbdError
+from pveplug.describe.bootability import inspection
+from pveplug.describe.guest import Bus, Firmware, GuestDescription, GuestDisk
+from pveplug.describe.plan import DiskFacts, PvePlan, match_disks, to_pve
+from pveplug.describe.reading import detect as describes
+from pveplug.describe.reading import read_description
+from pveplug.errors import (
+    ConfigError,
+    DescriptionError,
+    IntegrityError,
+    JobError,
+    NbdError,
+    PveplugError,
+)
 from pveplug.events import Reporter
 from pveplug.images.lineage import Link
 from pveplug.images.stream import Event, ImageInfo
@@ -31,16 +43,20 @@ from pveplug.images.vmdk_set import base_name
 from pveplug.import_disk import ImportDisk
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.node import Node
+from pveplug.proto.pve_values import volume_id
 from pveplug.pve import PveApi, Storage
 from pveplug.pve_local import PveLocal
 from pveplug.restore_vm import ZEROED_STORAGES, formats_of, write_refused
 from pveplug.tasks import to_the_end
 from pveplug.unfinished import UnfinishedVm
-from pveplug.units import MiB
-from pveplug.vmrestore import DiskPlan, TargetStorage
+from pveplug.units import SECTOR, MiB
+from pveplug.vmrestore import Target, TargetStorage
 
 log = logging.getLogger(__name__)
 
+CORES: Final = 2
+MEMORY_MIB: Final = 2048
+"""What a VM gets that nothing describes."""
 _FOOTER: Final = 512
 """Of a fixed VHD, behind its disk."""
 
@@ -323,11 +339,9 @@ class ImportVm:
             )
         described = self._described(files)
         names = {volume.disk.name: volume for volume in self._volumes}
-        bound = bind(described, list(names), self._say)
-        facts = {}
-        for key, name in bound.names.items():
-            facts[key] = await self._facts(names[name].disk)
-        plan = await self._plan(bound.description, facts)
+        described, bound = bind(described, list(names), self._say)
+        facts = {k: await self._facts(names[n].disk) for k, n in bound.items()}
+        plan = self._plan(described, facts)
         if self._config.verify:
             for volume in self._volumes:
                 await self._read_back(volume.disk)
@@ -341,10 +355,10 @@ class ImportVm:
         await self._made.unlock()
         params = {**plan.restore.params, **plan.fresh, **plan.restore.late_params}
         places = {}
-        for disk in plan.restore.disks:
-            volume = names[bound.names[disk.source_key]]
-            params[disk.key] = disk.drive_value(volume.volid)
-            places[volume.disk.name] = disk.key
+        for place in plan.restore.disks:
+            volume = names[bound[place.source_key]]
+            params[place.key] = place.drive_value(volume.volid)
+            places[volume.disk.name] = place.key
         self._expect(plan.fresh)
         for text in await self._api.update_config(self._here, self.vmid, params):
             self._say.warning(f"VM {self.vmid}: {text}")
@@ -400,11 +414,17 @@ class ImportVm:
         return found
 
     async def _facts(self, disk: ImportDisk) -> DiskFacts:
-        head, tail = await disk.edges(HEAD_BYTES, TAIL_BYTES)
-        sector = disk.top.info.sector if disk.top else 512
-        return DiskFacts(disk.size, sector, look_at(head, tail, disk.size))
+        """Look at a disk as it was written: what could start from it?"""
+        sector = disk.top.info.sector if disk.top else SECTOR
+        asking = inspection(disk.size)
+        try:
+            wanted = next(asking)
+            while True:
+                wanted = asking.send(await disk.read(*wanted))
+        except StopIteration as end:
+            return DiskFacts(disk.size, sector, end.value)
 
-    async def _plan(
+    def _plan(
         self, description: GuestDescription, facts: Mapping[str, DiskFacts]
     ) -> PvePlan:
         connection = self._config.common.connection
@@ -475,6 +495,42 @@ class ImportVm:
         except Exception as error:
             log.warning("import not served to its end: %s", error)
         await self._made.undo()
+
+
+def bind(
+    description: GuestDescription, names: list[str], say: Reporter
+) -> tuple[GuestDescription, dict[str, str]]:
+    """Find each described disk's image.
+
+    Args:
+        names: of the images, in the order they came.
+
+    Returns: the description, with disks that it didn't know added, and the image of
+        each disk by its key.
+    """
+    bound, left = match_disks(description, names)
+    free = [disk for disk in description.disks if disk.key not in bound]
+    if left and len(left) == len(free):
+        for disk, name in zip(free, left, strict=True):
+            bound[disk.key] = name
+        pairs = ", ".join(f"{n} for {d.file}" for d, n in zip(free, left, strict=True))
+        say.warning(
+            f"{description.source} calls its disks otherwise; by their order these "
+            f"were taken: {pairs}"
+        )
+        return description, bound
+    added = []
+    for number, name in enumerate(left):
+        order = len(description.disks) + number
+        disk = GuestDisk(order, Bus.UNKNOWN, 0, number, file=name)
+        added.append(disk)
+        bound[disk.key] = name
+    if left and description.disks:
+        say.warning(
+            f"{description.source} does not know {', '.join(left)}: attached as "
+            "further disks"
+        )
+    return replace(description, disks=(*description.disks, *added)), bound
 
 
 def plain_name(text: str) -> str:
