@@ -38,6 +38,7 @@ from pveplug.import_vm import ImportVm
 from pveplug.spill import FileSpill
 from pveplug.units import MiB, human
 
+Batch = bytes | memoryview
 BATCH: Final = 1 * MiB
 """Bytes that are given to a reader at a time."""
 PROGRESS_S: Final = 60.0
@@ -192,12 +193,15 @@ class ForeignFiles:
 
     async def _batches(
         self, arrival: Arrival, pieces: AsyncIterator[memoryview]
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[Batch, None]:
         """Join pieces; the first batch is at least HEAD long, or the whole file."""
         waiting = bytearray()
         async for view in pieces:
             self._progress.add(arrival, len(view))
             await self._limit.spend(len(view))
+            if not waiting and len(view) >= BATCH:
+                yield view  # as it is: it stays valid until the next is asked for
+                continue
             waiting += view
             if len(waiting) >= BATCH:
                 yield bytes(waiting)
@@ -205,14 +209,14 @@ class ForeignFiles:
         yield bytes(waiting)
 
     async def _receive(
-        self, arrival: Arrival, batches: AsyncGenerator[bytes, None]
+        self, arrival: Arrival, batches: AsyncGenerator[Batch, None]
     ) -> None:
         first = await anext(batches)
         owed = self._owed(arrival.file)
         if owed is not None:
             await self._extent(owed, arrival, first, batches)
             return
-        head = first[:HEAD]
+        head = bytes(first[:HEAD])
         trusted = any(fnmatchcase(arrival.file, pattern) for pattern in self._raw)
         role = Role.DISK if trusted else role_of(arrival.file, head)
         if role is Role.DISK:
@@ -229,7 +233,7 @@ class ForeignFiles:
         await self._description(arrival, first, batches)
 
     async def _description(
-        self, arrival: Arrival, first: bytes, batches: AsyncGenerator[bytes, None]
+        self, arrival: Arrival, first: Batch, batches: AsyncGenerator[Batch, None]
     ) -> None:
         text = bytearray(first)
         async for batch in batches:
@@ -253,8 +257,8 @@ class ForeignFiles:
         self,
         arrival: Arrival,
         kind: Format,
-        first: bytes,
-        batches: AsyncGenerator[bytes, None],
+        first: Batch,
+        batches: AsyncGenerator[Batch, None],
     ) -> None:
         with ExitStack() as stack:
             spill = stack.enter_context(FileSpill(self._spill_dir))
@@ -273,7 +277,7 @@ class ForeignFiles:
             self._flat[arrival.file.lower()] = image.disk
 
     async def _descriptor(
-        self, arrival: Arrival, first: bytes, batches: AsyncGenerator[bytes, None]
+        self, arrival: Arrival, first: Batch, batches: AsyncGenerator[Batch, None]
     ) -> None:
         text = bytearray(first)
         async for batch in batches:
@@ -333,8 +337,8 @@ class ForeignFiles:
         self,
         found: _Set,
         arrival: Arrival,
-        first: bytes,
-        batches: AsyncGenerator[bytes, None],
+        first: Batch,
+        batches: AsyncGenerator[Batch, None],
     ) -> None:
         machine = found.machine
         machine.begin_file(arrival.file, arrival.size)
@@ -380,9 +384,9 @@ class ForeignFiles:
 
 async def _feed(
     image: _Image,
-    receive: Callable[[bytes | bytearray], Iterable[Event]],
+    receive: Callable[[bytes | bytearray | memoryview], Iterable[Event]],
     pending: Callable[[], bool],
-    data: bytes | bytearray,
+    data: bytes | bytearray | memoryview,
 ) -> None:
     """Give a reader a batch, in a thread, and write all that it tells."""
     await image.take(list(await asyncio.to_thread(receive, data)))
@@ -390,6 +394,6 @@ async def _feed(
         await image.take(list(await asyncio.to_thread(receive, b"")))
 
 
-async def _drained(batches: AsyncIterator[bytes]) -> None:
+async def _drained(batches: AsyncIterator[Batch]) -> None:
     async for _ in batches:
         pass

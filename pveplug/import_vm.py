@@ -375,7 +375,17 @@ class ImportVm:
         if self._config.common.start_after:
             await self._start()
 
-    def _described(self, files: Mapping[str, bytes]) -> GuestDescription:
+    def check(self, files: Mapping[str, bytes]) -> None:
+        """Read the description before there is a VM, for what is wrong with it.
+
+        Raises:
+            JobError: it is damaged, or there are two.
+        """
+        self._described(files, quiet=True)
+
+    def _described(
+        self, files: Mapping[str, bytes], *, quiet: bool = False
+    ) -> GuestDescription:
         """Return the description with the operator's wishes laid over it.
 
         Raises:
@@ -388,7 +398,7 @@ class ImportVm:
             if any(describes(data) for data in files.values()):
                 raise JobError(
                     f"{error}.",
-                    vm=str(self.vmid),
+                    vm=str(self.vmid) if self.vmid else self.name,
                     phase="import",
                     remedy="leave that file out: the VM is then made by import_cores, "
                     "import_memory and import_firmware.",
@@ -399,12 +409,14 @@ class ImportVm:
                 cores=config.cores or CORES,
                 memory_mib=config.memory_mib or MEMORY_MIB,
             )
-            self._say.warning(
+            text = (
                 f"no description of {self.name} came (OVF, VMX, Hyper-V XML, JSON): "
                 f"the VM gets {found.cores} cores, {found.memory_mib} MiB, no network "
                 "card, and its firmware by the boot disk; import_cores, import_memory "
                 "and import_firmware say otherwise"
             )
+            if not quiet:
+                self._say.warning(text)
         if config.cores:
             found = replace(found, sockets=1, cores=config.cores, threads=1)
         if config.memory_mib:

@@ -64,6 +64,11 @@ class Found:
         return str(self.paths[0])
 
     @property
+    def modified(self) -> int:
+        """When its file was modified, in seconds since 2000."""
+        return int(self.paths[0].stat().st_mtime) - _2000
+
+    @property
     def size(self) -> int:
         """Bytes of its disk; a raw file is as long as its disk."""
         if self.info.size is not None:
@@ -133,12 +138,12 @@ def look(paths: Sequence[Path]) -> list[Found]:
         images = [(tuple([*descriptors, *extents]), Format.VMDK_DESCRIPTOR)]
     else:
         images = [((path,), kind) for path, kind in kinds.items()]
-    found = [_one(files, kind) for files, kind in images]
+    found = [one_image(files, kind) for files, kind in images]
     if len(found) == 1:
         return found
     links = {
         image.name: (
-            Link(image.name, image.info, int(image.paths[0].stat().st_mtime) - _2000),
+            Link(image.name, image.info, image.modified),
             image,
         )
         for image in found
@@ -146,7 +151,12 @@ def look(paths: Sequence[Path]) -> list[Found]:
     return [links[link.name][1] for link in in_order(ln for ln, _ in links.values())]
 
 
-def _one(paths: tuple[Path, ...], kind: Format) -> Found:
+def one_image(paths: tuple[Path, ...], kind: Format) -> Found:
+    """Look at one image: read as far as it says what it is.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
     with FileSpill() as spill:
         for event in events(paths, kind, spill):
             if isinstance(event, ImageInfo):

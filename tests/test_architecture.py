@@ -48,7 +48,7 @@ LAYERS: Final = {
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
-        *("backup", "restore", "restore_foreign", "estimate", "verify"),
+        *("backup", "restore", "restore_foreign", "import_local", "estimate", "verify"),
         *("dr.receiver", "dr.sender"),
     },
     "top": {
