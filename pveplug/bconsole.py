@@ -161,7 +161,10 @@ class Console:
 
     async def chain(self, head: BaculaJob) -> list[BaculaJob]:
         """Return the jobs a restore of ``head`` needs, oldest first, ``head`` last."""
-        ids = words.job_ids(await self.ask(f".bvfs_get_jobids jobid={head.job_id}"))
+        ids: tuple[int, ...] = ()
+        # A console may lack the right to ask that: then the list of jobs has to do.
+        with contextlib.suppress(RequestError):
+            ids = words.job_ids(await self.ask(f".bvfs_get_jobids jobid={head.job_id}"))
         if ids:
             chain = [
                 head if job_id == head.job_id else await self.job(job_id)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from pveplug import command_ir_node
 from pveplug.bconsole import Console
 from pveplug.errors import ConfigError
 from pveplug.ir.submit import Plan, make_plan, submit, where_values
@@ -38,6 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_start(actions)
+    command_ir_node.add_actions(actions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     match arguments.action:
         case "start":
             return _start(arguments)
+        case "status" | "migrate" | "discard" | "resume":
+            return command_ir_node.run(arguments)
     raise ConfigError(f"pveplug ir has no {arguments.action}")
 
 

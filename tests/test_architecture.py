@@ -34,16 +34,19 @@ PACKAGE: Final = REPOSITORY / "pveplug"
 LAYERS: Final = {
     "foundation": {"extents", "errors", "units", "events", "node"},
     "proto": {"proto"},
-    "images": {"images"},
+    "images": {"images", "proving"},
     "describe": {"describe"},
-    "policy": {"pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"},
+    "policy": {
+        *("pacing", "values", "selection", "vmconfig", "vmrestore", "secrets"),
+        "proveconfig",
+    },
     "configuration": {
         *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
         *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm"),
+        *("source", "access", "restore_vm", "ir.target"),
         *("import_disk", "import_vm", "import_files"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
@@ -59,6 +62,7 @@ LAYERS: Final = {
         "command_dr",
         "command_import",
         "command_ir",
+        "command_ir_node",
         "command_receiver",
         "command_repair",
         "command_replicas",
@@ -66,6 +70,7 @@ LAYERS: Final = {
         "backend",
         "library",
         "dr.receiver_main",
+        "ir.keeper",
     },
 }
 ADAPTERS: Final = "adapters"
@@ -76,7 +81,7 @@ MAY_IMPORT: Final = {
     "foundation": {"foundation"},
     "proto": {"proto", "foundation"},
     "images": {"images", "foundation"},
-    "policy": {"policy", "foundation"},
+    "policy": {"policy", "images", "foundation"},
     "describe": {"describe", "policy", "foundation"},
     "configuration": {"configuration", "policy", "foundation"},
     ADAPTERS: {ADAPTERS, "describe", "policy", "proto", "images", "foundation"},

@@ -36,8 +36,9 @@ from pveplug.errors import PveplugError
 from pveplug.ir.control import MAX_LINE, DiskState, State, disable_unit
 from pveplug.ir.device import LandingDevice
 from pveplug.ir.landing import Landing
-from pveplug.ir.notes import noted, untagged, without_note
+from pveplug.ir.notes import noted, running_note, untagged, without_note
 from pveplug.ir.record import LandedDisk, Record, Recovery
+from pveplug.ir.streaming import make_independent, same_place, stands_alone
 from pveplug.nbd.client import Address, TcpAddress, UnixAddress
 from pveplug.nbd.server import NbdServer, serve
 from pveplug.node import Node, load_node
@@ -261,7 +262,7 @@ class Keeper:
         log.info("ir-resumed vm=%s: %s", vmid, why)
         if self._local.vm_running(vmid) is not None:
             await self._quietly(self._local.resume(vmid))
-        await self._note(running_note(self._record))
+        await self._note(running_note(vmid, self._record.head))
 
     async def _note(self, text: str) -> None:
         config = await self._config()
@@ -294,11 +295,17 @@ class Keeper:
     async def _moved_before(self) -> None:
         """Find out what an earlier keeper has moved."""
         config = await self._config()
-        if config:
-            there = {drive.key: drive.file for drive in drives(config)}
-            for disk in self._record.served:
-                if there.get(disk.key, disk.overlay) != disk.overlay:
-                    self._moved.add(disk.key)
+        if not config:
+            return
+        there = {drive.key: drive.file for drive in drives(config)}
+        for disk in self._record.served:
+            moved = there.get(disk.key, disk.overlay) != disk.overlay
+            if not moved and same_place(disk):
+                with contextlib.suppress(PveplugError, OSError):
+                    path = await self._local.volume_path(disk.overlay)
+                    moved = await asyncio.to_thread(stands_alone, path)
+            if moved:
+                self._moved.add(disk.key)
 
     async def _move_all(self) -> None:
         for disk in self._record.served:
@@ -316,6 +323,11 @@ class Keeper:
 
         self._moving[disk.key] = "begins"
         try:
+            if same_place(disk):
+                await make_independent(
+                    self._node, self._local, record.vmid, disk, record.bwlimit, heard
+                )
+                return
             await self._local.move_disk(
                 record.vmid,
                 disk.key,
@@ -365,16 +377,6 @@ class Keeper:
         log.info("ir-done vm=%s", record.vmid)
         self._recovery.remove()
         self._over.set()
-
-
-def running_note(record: Record) -> str:
-    """Return what a recovered VM's notes say while it depends on us."""
-    return (
-        f"This VM was started from backup {record.head}; its disks still come. Do not "
-        "clone, migrate or remove it meanwhile.\n"
-        f"State: pveplug ir status --vmid {record.vmid}. To give it up: pveplug ir "
-        f"discard --vmid {record.vmid}"
-    )
 
 
 def finished(

@@ -26,6 +26,16 @@ def noted(description: str, text: str) -> str:
     return f"{note}\n\n{own[:room]}" if own else note
 
 
+def running_note(vmid: int, head: str) -> str:
+    """Return what a recovered VM's notes say while it depends on us."""
+    return (
+        f"This VM was started from backup {head}; its disks still come. Do not "
+        "clone, migrate or remove it meanwhile.\n"
+        f"State: pveplug ir status --vmid {vmid}. To give it up: pveplug ir "
+        f"discard --vmid {vmid}"
+    )
+
+
 def without_note(description: str) -> str:
     """Return the description as its user wrote it."""
     before, begin, rest = description.partition(BEGIN)

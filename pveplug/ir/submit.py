@@ -13,6 +13,7 @@ those small images, of the whole chain, since QEMU can't wait for them.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -240,8 +241,7 @@ async def submit(
     done: list[int] = []
     total = len(plan.steps)
     for number, step in enumerate(plan.steps, 1):
-        job_id = await console.restore(step.order)
-        started(job_id)
+        job_id = await _restored(console, step.order, started)
         done.append(job_id)
         which = f"restore job {job_id} ({number} of {total})"
         say(f"{which}: {step.title}, {_files(step.order.files)}")
@@ -258,6 +258,22 @@ async def submit(
             )
         say(f"{which}: {job.state}, {human(job.bytes)}")
     return done
+
+
+async def _restored(
+    console: RestoreConsole,
+    order: RestoreOrder,
+    started: Callable[[int | None], None],
+) -> int:
+    """Submit a job; a cancellation waits for the console, so that the job is known."""
+    submission = asyncio.ensure_future(console.restore(order))
+    try:
+        job_id = await asyncio.shield(submission)
+    except asyncio.CancelledError:
+        started(await submission)
+        raise
+    started(job_id)
+    return job_id
 
 
 class _Watch:

@@ -31,9 +31,8 @@ from pveplug.events import Reporter
 from pveplug.ir import overlay
 from pveplug.ir.control import State, ask, start_keeper
 from pveplug.ir.firmware import copy_landed
-from pveplug.ir.keeper import running_note
 from pveplug.ir.landing import Landing, LandingError
-from pveplug.ir.notes import noted, tagged
+from pveplug.ir.notes import noted, running_note, tagged
 from pveplug.ir.presence import Mark
 from pveplug.ir.record import LandedDisk, Record, Recovery, recoveries
 from pveplug.ir.sink import LandingSink
@@ -375,7 +374,8 @@ class InstantTarget(VmTarget):
             params["protection"] = "1"
             params["tags"] = tagged(plan.params.get("tags", ""))
             params["description"] = noted(
-                plan.params.get("description", ""), running_note(self.record)
+                plan.params.get("description", ""),
+                running_note(self.vmid, self.record.head),
             )
         for text in await self._api.update_config(
             self._here, self.vmid, params, delete=self._stale

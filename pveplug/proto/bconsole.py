@@ -404,10 +404,14 @@ def computed_chain(listed: Iterable[BaculaJob], head: BaculaJob) -> list[BaculaJ
 
 def log_lines(text: str) -> list[str]:
     """Return the lines of a ``list joblog``, without its frame."""
-    found = []
+    found: list[str] = []
+    inside = False
     for raw in text.split("\n"):
         line = raw.rstrip()
-        if line.startswith("+-") or re.fullmatch(r"\| LogText +\|", line):
+        if re.fullmatch(r"\| LogText +\|", line):
+            inside = True
+            continue
+        if not inside or line.startswith("+-"):
             continue
         if re.match(r"\| JobId +\|", line):
             break  # the table of the job itself

@@ -357,11 +357,33 @@ async def _set(
         if old is None and drive.interface in ("scsi", "virtio"):
             await hotplug.plug(site.machine(vmid, node), conf, drive)
         elif old is None or str(old) != str(drive):
-            conf.pending[key] = str(drive)
-            return
+            if old is None or old.file != drive.file or _waits(old, drive):
+                conf.pending[key] = str(drive)
+                return
+            if _limits(old) != _limits(drive):
+                await hotplug.throttle(site.machine(vmid, node), drive)
+        conf.pending.pop(key, None)
     if old and old.volume and not old.cdrom and old.file != drive.file:
         add_unused(conf.values, old.file)
     conf.values[key] = str(drive)
+
+
+def _waits(old: Drive, new: Drive) -> bool:
+    """Whether a changed drive waits for the next start.
+
+    Only these options do. PVE takes every other one into the configuration at once,
+    and what the running QEMU can't be told (``rerror``, ``werror``, ``serial``) is
+    there from the next start on, without a word in ``[PENDING]``.
+    """
+    return any(
+        old.options.get(name) != new.options.get(name)
+        for name in "aio discard iothread queues product cache ssd vendor ro".split()
+    )
+
+
+def _limits(drive: Drive) -> dict[str, str]:
+    """The options that slow a drive down, which a running QEMU takes."""
+    return {k: v for k, v in drive.options.items() if re.match(r"(mbps|iops|bps)", k)}
 
 
 async def _delete(

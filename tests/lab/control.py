@@ -289,7 +289,8 @@ class Control:
         if "target-vmid" in given:
             raise die("the lab moves disks between storages only")
         wanted = moves.Wanted(
-            *plain,
+            plain[0],
+            plain[1],
             given.get("format"),
             bool(given.get("delete")),
             given.get("digest"),

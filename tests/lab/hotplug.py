@@ -101,6 +101,37 @@ async def unplug(machine: Machine, conf: VmConf, drive: Drive) -> None:
         raise die(f"hotplug problem - {error}") from error
 
 
+async def throttle(machine: Machine, drive: Drive) -> None:
+    """Let the limits of a running VM's disk be those of ``drive``."""
+    limits = throttle_group(drive)["limits"]
+    assert isinstance(limits, dict)
+    every = dict.fromkeys(
+        f"{unit}-{kind}{peak}"
+        for unit in ("bps", "iops")
+        for kind in ("total", "read", "write")
+        for peak in ("", "-max")
+    )
+    value = {name: limits.get(name, 0) for name in every}
+    try:
+        if machine.modern:
+            await machine.qmp(
+                "qom-set",
+                path=f"throttle-drive-{drive.key}",
+                property="limits",
+                value=value,
+            )
+        else:
+            names = {"total": "", "read": "_rd", "write": "_wr"}
+            arguments = {}
+            for name, number in value.items():
+                unit, kind, *peak = name.split("-")
+                arguments[f"{unit}{names[kind]}{'_max' if peak else ''}"] = number
+            command = {"device": f"drive-{drive.key}", **arguments}
+            await machine.batch([_command("block_set_io_throttle", command)])
+    except QmpRefused as error:
+        raise die(f"hotplug problem - {error}") from error
+
+
 async def _delete_node(machine: Machine, name: str) -> None:
     """Delete a node; its device may let go of it a moment after it is gone."""
     for _ in range(50):

@@ -157,7 +157,11 @@ class Storage:
 
     def config(self) -> dict[str, Any]:
         """Its entry of ``storage.cfg``, as ``GET /storage`` tells it."""
-        entry = {"storage": self.name, "type": self.type, "content": self.content}
+        entry: dict[str, Any] = {
+            "storage": self.name,
+            "type": self.type,
+            "content": self.content,
+        }
         if self.shared:
             entry["shared"] = 1
         if not self.enabled:
