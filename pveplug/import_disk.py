@@ -84,6 +84,7 @@ class ImportDisk:
         self._info: ImageInfo | None = None  # of the image that comes
         self._file = ""
         self._first = True
+        self._by_file = False
         self._digest: hashlib._Hash | None = None
         self._digested = 0
 
@@ -150,6 +151,7 @@ class ImportDisk:
         if again:
             self.notes.append(f"{file} is a full copy again and replaces what was read")
         self._file, self._info = file, info
+        self._by_file = info.size is None  # a raw disk, or a fixed VHD
         whole = info.parent is None
         if self._first or again:
             self._sum = ContentSum()
@@ -242,7 +244,7 @@ class ImportDisk:
         if info is None:
             raise IntegrityError(f"no image of {self.name} has begun")
         await self.sink.finish()
-        if info.size is not None and info.parent is None and info.size < self.size:
+        if self._by_file and info.size is not None and info.size < self.size:
             self.notes.append(
                 f"{self._file} has a disk of {info.size} bytes; its volume has "
                 f"{self.size}"

@@ -91,9 +91,7 @@ async def test_a_vmware_job_becomes_a_vm_that_boots_by_bios(
             {"file": "/@vsphere/@vsphere/web01/web01.vmx", "path": vmx},
         ],
     )
-    result = await imported(
-        sisters, where="/@pve/restore_vmid=200", job_ids=[job.job_id]
-    )
+    await imported(sisters, where="/@pve/restore_vmid=200", job_ids=[job.job_id])
     vm = sisters.world.site.vm(200)
     await holds(vm, "scsi0", disk)
     await boots(vm)
