@@ -196,6 +196,13 @@ def one_line(text: str, limit: int = MAX_NAME) -> str:
     return " ".join(plain.split())[:limit]
 
 
+def bounded(notes: Iterable[str]) -> tuple[str, ...]:
+    """Bound a list of notes, each once and a line."""
+    whole = list(dict.fromkeys(one_line(note, 400) for note in notes))
+    more = len(whole) - MAX_REPORTED
+    return (*whole[:MAX_REPORTED], *([f"{more} notes more"] if more > 0 else []))
+
+
 def reported(found: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Bound a list of what was dropped, each once."""
     whole = list(dict.fromkeys((one_line(a, 200), one_line(b, 300)) for a, b in found))

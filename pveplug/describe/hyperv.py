@@ -36,6 +36,7 @@ from pveplug.describe.guest import (
     GuestDescription,
     GuestDisk,
     GuestNic,
+    bounded,
     mac_address,
     one_line,
     reported,
@@ -88,7 +89,8 @@ class _Configuration:
             if any(re.fullmatch(r"controller\d+", c.name) for c in device.children):
                 ide = generation == 1 and kind == _IDE
                 bus = Bus.IDE if ide else Bus.SCSI
-                scsi += self.controllers(device, bus, 0 if ide else scsi)
+                count = self.controllers(device, bus, 0 if ide else scsi)
+                scsi += 0 if ide else count
             elif device.child("MacAddress") is not None:
                 self.nic(device, kind)
         self.disks.sort(key=lambda d: (d.bus is not Bus.IDE, d.controller, d.unit))
@@ -123,7 +125,7 @@ class _Configuration:
             machine=(f"hyper-v generation {generation}",),
             text=self.remarks(),
             dropped=reported(self.dropped),
-            notes=tuple(self.notes),
+            notes=bounded(self.notes),
         )
 
     def kinds(self) -> dict[str, str]:
@@ -281,7 +283,7 @@ def _clixml(
         target = ids.get(element.get("RefId"))
         return None if target is None else _clixml(target, ids, depth + 1, budget)
     if element.name != "Obj":
-        return None if element.name == "Nil" else element.text
+        return None if element.name == "Nil" else _unescaped(element.text)
     value: dict[str, Any] = {}
     for part in element.children:
         if part.name in ("Props", "MS"):
@@ -301,6 +303,11 @@ def _clixml(
     if set(value) <= {"\0text"}:
         return value.get("\0text")
     return value
+
+
+def _unescaped(text: str) -> str:
+    """Undo how PowerShell writes what XML can't: ``_x000D_``."""
+    return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda m: chr(int(m[1], 16)), text)
 
 
 def is_powershell_vm(value: object) -> bool:
@@ -364,7 +371,7 @@ class _PowerShell:
             text=_text(vm.get("notes"))[:MAX_TEXT],
             family=Family.UNKNOWN,
             dropped=reported(self.dropped),
-            notes=tuple(self.notes),
+            notes=bounded(self.notes),
         )
 
     def number(self, where: Mapping[str, Any], key: str, most: int) -> int | None:
@@ -441,7 +448,8 @@ def _folded(value: object) -> dict[str, Any]:
 
 def _list(value: object) -> Iterator[dict[str, Any]]:
     if isinstance(value, Mapping):
-        value = value.get("\0list") or value.get("value") or [value]
+        listed = value.get("\0list", value.get("value"))
+        value = [value] if listed is None else listed
     return (_folded(v) for v in value) if isinstance(value, list) else iter(())
 
 

@@ -40,6 +40,7 @@ from pveplug.describe.guest import (
     GuestDescription,
     GuestDisk,
     GuestNic,
+    bounded,
     mac_address,
     one_line,
     reported,
@@ -126,6 +127,7 @@ class _Ovf:
     def run(self) -> GuestDescription:
         vm = self.only_vm()
         self.sections(vm)
+        self.chosen = self.configuration()
         images = self.images()
         hardware = [e for e in vm.children if _kind(e) == "VirtualHardwareSection"]
         if len(hardware) > 1:
@@ -178,7 +180,7 @@ class _Ovf:
             localtime={"local": True, "utc": False}.get(local.lower()),
             text=self.annotation(vm),
             dropped=reported(self.dropped),
-            notes=tuple(self.notes),
+            notes=bounded(self.notes),
         )
 
     def only_vm(self) -> Element:
@@ -211,17 +213,17 @@ class _Ovf:
                 self.dropped.append((kind, "a section without a counterpart"))
 
     def wanted(self, item: Element) -> bool:
-        """Items of other configurations than the default don't count."""
+        """Bounds don't count, nor do items of other configurations than the default."""
+        if item.get("bound") in ("min", "max"):
+            return False
         wanted = item.get("configuration").split()
-        if not wanted:
-            return True
-        for section in self.root.walk():
-            if section.name == "Configuration" and (
-                section.get("default").lower() == "true"
-            ):
-                return section.get("id") in wanted
-        first = next((e for e in self.root.walk() if e.name == "Configuration"), None)
-        return first is None or first.get("id") in wanted
+        return not wanted or not self.chosen or self.chosen in wanted
+
+    def configuration(self) -> str:
+        """Return the id of the default configuration; empty where there are none."""
+        there = [e for e in self.root.walk() if e.name == "Configuration"]
+        default = [e for e in there if e.get("default").lower() == "true"]
+        return next((e.get("id") for e in (*default, *there)), "")
 
     def config(self, hardware: list[Element]) -> Iterator[tuple[str, str]]:
         for section in hardware:

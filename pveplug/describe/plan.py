@@ -9,6 +9,7 @@ what was found on its disk, what the description says, what is usual.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -306,32 +307,40 @@ class _Plan:
         return there
 
     def bus(self, system: System, boot: GuestDisk | None) -> tuple[str, str]:
-        """Return the bus the boot disk is surely found on, and ``scsihw``."""
+        """Return the bus the boot disk is surely found on, and ``scsihw``.
+
+        A guest starts what it has started from before. Windows, too, switches drivers
+        off at boot that it didn't need (StartOverride), and dracut leaves them out.
+        """
         single = "virtio-scsi-single"
         if boot is not None and boot.bus is Bus.VIRTIO:
             return "virtio", single
         if system.storage is Storage.VIRTIO:
             return "scsi", single
-        if system.storage is not Storage.KEPT or boot is None:
+        if boot is None:
             return ("ide" if system.storage is Storage.IDE else "sata"), single
-        # Its start-up image holds the drivers of the machine it ran on: which of those
-        # does PVE have, too?
-        if boot.model == "pvscsi":
+        kept = system.storage is Storage.KEPT
+        if kept and boot.model == "pvscsi":
             return "scsi", "pvscsi"
         if boot.bus in (Bus.SATA, Bus.IDE):
             return boot.bus.value, single
+        if system.storage is Storage.IDE:
+            return "ide", single
         buses = {d.bus for d in self.vm.disks} | {c.bus for c in self.vm.cdroms}
         if Bus.SATA in buses:
             return "sata", single
-        piix = any(
+        # VMware's and Hyper-V's first generation have Intel's PIIX in every VM: Linux
+        # loads its driver even where nothing hangs on it.
+        piix = kept and any(
             re.match(r"vmx-|hyper-v generation 1", hint) for hint in self.vm.machine
         )
         if piix or Bus.IDE in buses:
             return "ide", single
-        self.warnings.append(
-            "the guest's start-up image may lack a driver for SATA: if it doesn't find "
-            "its disk, choose the rescue entry of its boot menu"
-        )
+        if kept:
+            self.warnings.append(
+                "the guest's start-up image may lack a driver for SATA: if it doesn't "
+                "find its disk, choose the rescue entry of its boot menu"
+            )
         return "sata", single
 
     def places(
@@ -381,8 +390,9 @@ class _Plan:
                 uefi = found.esp or found.table == "gpt"
                 chosen = Firmware.UEFI if uefi else Firmware.BIOS
             self.warnings.append(
-                "nothing that could start was found on the boot disk: is it the right "
-                f"one? {chosen.value} by {'table' if chosen is not said else 'word'}"
+                "nothing that could start was found on the boot disk (is it the right "
+                f"one?): {chosen.value.upper()} is set, by "
+                f"{'its partition table' if chosen is not said else self.vm.source}"
             )
             return chosen, "no boot loader found"
         if said is Firmware.UNKNOWN:
@@ -405,6 +415,8 @@ class _Plan:
         made: dict[str, str] = {}
         if firmware is Firmware.UEFI:
             keys = 1 if self.vm.secure_boot else 0
+            if self.vm.secure_boot is None:
+                self.notes.append("nothing says whether Secure Boot was on: it is off")
             made["efidisk0"] = (
                 f"{self.state_storage()}:1,efitype=4m,pre-enrolled-keys={keys}"
             )
@@ -576,8 +588,10 @@ class _Plan:
 
 def dns_name(name: str) -> str:
     """Return a name as PVE takes it: labels of letters, digits and dashes."""
+    plain = unicodedata.normalize("NFKD", name[:1024])
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
     labels = (
         re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")[:63].rstrip("-")
-        for label in name.split(".")
+        for label in plain.split(".")
     )
     return ".".join(label for label in labels if label)[:253].rstrip(".-")

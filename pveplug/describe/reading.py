@@ -17,6 +17,7 @@ MAX_FILE: Final = safexml.MAX_BYTES
 """Bytes; a longer file describes nothing."""
 _VMCX: Final = b"\x14\x20\x28\x01"
 _BLOCK: Final = 512
+_CHECKPOINT: Final = re.compile(r"(^|[/\\])snapshots[/\\]", re.IGNORECASE)
 _REMEDY: Final = (
     "give its JSON sidecar instead (docs/descriptions.md), or the file that "
     "Get-VM -Name … | Export-Clixml writes on the Hyper-V host"
@@ -76,6 +77,9 @@ def read_description(files: Mapping[str, bytes]) -> GuestDescription:
         )
     best = next(kind for kind in Kind if kind in kinds.values())
     of_best = sorted(name for name, kind in kinds.items() if kind is best)
+    if best is Kind.HYPERV_XML:  # an export has its checkpoints beside it
+        now = [name for name in of_best if not _CHECKPOINT.search(name)]
+        of_best = now or of_best
     if len({files[name] for name in of_best}) > 1 and best is not Kind.VMCX:
         raise DescriptionError(
             f"{len(of_best)} files describe a VM, each a {best.value}: "

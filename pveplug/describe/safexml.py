@@ -16,17 +16,23 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.parsers import expat
 
+from pveplug.describe.texts import known_encoding
 from pveplug.errors import DescriptionError
 from pveplug.units import MiB
 
-MAX_BYTES: Final = 16 * MiB
+MAX_BYTES: Final = 4 * MiB
 MAX_DEPTH: Final = 64
 MAX_ELEMENTS: Final = 100_000
 MAX_ATTRIBUTES: Final = 128
+"""Of one element; they count like elements in all."""
 MAX_TEXT: Final = 1 * MiB
 """Characters of one element's own text."""
 _SEPARATOR: Final = "\n"  # can't be in a namespace's name: attributes are normalised
-_CASE: Final = re.compile(rb'(<\?xml[^>]{0,200}?encoding\s*=\s*["\'])([\w.-]{1,40})')
+_DECLARED: Final = re.compile(
+    rb"""\A(\xef\xbb\xbf)?<\?xml[^>]{0,200}?encoding\s*=\s*["']([\w.-]{1,40})"""
+)
+_EXPATS: Final = ("utf-8", "ascii", "iso8859-1")
+"""Encodings that expat reads by itself; what is one more, Python reads for it."""
 
 
 @dataclass(slots=True)
@@ -108,7 +114,7 @@ class _Builder:
         parser.EndElementHandler = self.end
         parser.CharacterDataHandler = self.characters
         try:
-            parser.Parse(_readable(data), True)
+            parser.Parse(self.readable(data), True)
         except expat.ExpatError as error:
             why = expat.ErrorString(error.code)
             raise DescriptionError(
@@ -116,12 +122,37 @@ class _Builder:
                 file=self.file,
                 line=error.lineno,
             ) from None
-        except (LookupError, ValueError) as error:  # of a codec for its encoding
-            raise DescriptionError(
-                f"its encoding isn't known: {error}", file=self.file, line=1
-            ) from None
         assert self.root is not None  # noqa: S101 - expat wants one element
         return self.root
+
+    def readable(self, data: bytes) -> bytes:
+        """Mend what tools get wrong that is no matter of content.
+
+        Hyper-V's files say UTF-16; copied as text they are often UTF-8 that still says
+        so, which expat refuses. What the bytes are outranks what they say.
+        """
+        utf16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"<\0?\0", b"\0<\0?")
+        found = _DECLARED.match(data)
+        if data.startswith(utf16) or not found:
+            return data
+        name = found[2].decode("ascii", "replace")
+        encoding = known_encoding(name)
+        if encoding is None:
+            raise DescriptionError(
+                f"its encoding {name} isn't known", file=self.file, line=1
+            )
+        if encoding in _EXPATS:
+            return data
+        if encoding.startswith("utf-16"):
+            text = data  # which it isn't: there was no second byte of 0
+        else:
+            try:
+                text = data.decode(encoding).encode()
+            except ValueError as error:
+                raise DescriptionError(
+                    f"it isn't {name}, which it says it is: {error}", file=self.file
+                ) from None
+        return text.replace(found[2], b"UTF-8", 1)
 
     def refuse(self, why: str) -> DescriptionError:
         line = self.parser.CurrentLineNumber
@@ -137,9 +168,9 @@ class _Builder:
         raise self.refuse("an external entity isn't read")
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        self.elements += 1
+        self.elements += 1 + len(attributes)
         if self.elements > MAX_ELEMENTS:
-            raise self.refuse(f"more than {MAX_ELEMENTS} elements")
+            raise self.refuse(f"more than {MAX_ELEMENTS} elements and attributes")
         if len(self.open) >= MAX_DEPTH:
             raise self.refuse(f"elements nested deeper than {MAX_DEPTH}")
         if len(attributes) > MAX_ATTRIBUTES:
@@ -165,19 +196,3 @@ class _Builder:
         if self.lengths[-1] > MAX_TEXT:
             raise self.refuse(f"an element with more than {MAX_TEXT} characters")
         self.texts[-1].append(text)
-
-
-def _readable(data: bytes) -> bytes:
-    """Mend what tools get wrong that is no matter of content.
-
-    Hyper-V's files say UTF-16; copied as text they are often UTF-8 or single bytes that
-    still say so, which expat refuses. What the bytes are outranks what they say.
-    """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data
-    if data[:4] in (b"<\0?\0", b"\0<\0?"):
-        return data
-    found = _CASE.search(data[:512])
-    if found and found[2].lower().replace(b"-", b"").startswith((b"utf16", b"unicode")):
-        return data[: found.start(2)] + b"UTF-8" + data[found.end(2) :]
-    return data

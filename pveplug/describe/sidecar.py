@@ -13,6 +13,7 @@ import enum
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
@@ -73,8 +74,7 @@ def load_json(data: bytes, file: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise DescriptionError(f"{one_line(twice, 60)!r} is there twice", file=file)
         return found
 

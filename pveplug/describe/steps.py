@@ -47,7 +47,7 @@ def _start(
     )
     if firmware is Firmware.UEFI and found is not None and not found.fallback:
         if found.loaders:
-            path = "\\" + found.loaders[0].replace("/", "\\")
+            path = "\\" + _best(found.loaders).replace("/", "\\")
             yield (
                 "UEFI starts without its old settings and there is no "
                 "\\EFI\\BOOT\\BOOTX64.EFI: at its logo press Esc, Boot Maintenance "
@@ -55,10 +55,25 @@ def _start(
             )
 
 
+def _best(loaders: tuple[str, ...]) -> str:
+    for name in ("SHIMX64.EFI", "GRUBX64.EFI", "BOOTMGFW.EFI"):
+        for loader in loaders:
+            if loader.endswith(f"/{name}"):
+                return loader
+    return loaders[0]
+
+
 def _windows(
     vm: GuestDescription, system: System, plan: RestorePlan, has_state: bool
 ) -> Iterator[str]:
-    disks = [disk for disk in plan.disks]
+    disks = list(plan.disks)
+    if has_state or vm.firmware is Firmware.UEFI:
+        yield "have BitLocker's recovery keys at hand for the first start"
+    if any(disk.key == "sata0" for disk in disks) and _hyperv(vm):
+        yield (
+            "should Windows stop with INACCESSIBLE_BOOT_DEVICE: let it come to its "
+            "recovery menu and start once in safe mode, which switches the driver on"
+        )
     if _vmware(vm):
         yield (
             "in the guest: uninstall VMware Tools (do it before the export if you can: "
@@ -90,8 +105,6 @@ def _windows(
             "enter fixed IP addresses again: Windows sees new cards"
         )
     yield "when the guest agent runs (virtio-win has it): qm set VMID --agent 1"
-    if has_state or vm.firmware is Firmware.UEFI:
-        yield "have BitLocker's recovery keys at hand for the first start"
 
 
 def _linux(vm: GuestDescription, system: System, plan: RestorePlan) -> Iterator[str]:
@@ -101,7 +114,8 @@ def _linux(vm: GuestDescription, system: System, plan: RestorePlan) -> Iterator[
             "network interfaces may get other names (ens192 becomes ens18): log in at "
             "the console and mend netplan, ifcfg or interfaces"
         )
-    slow = [disk for disk in plan.disks if not disk.key.startswith(("virtio",))]
+    slow = [disk for disk in plan.disks if not disk.key.startswith("virtio")]
+    pvscsi = plan.params.get("scsihw") == "pvscsi"
     on_virtio = plan.params.get("scsihw") == "virtio-scsi-single" and all(
         disk.key.startswith(("scsi", "virtio")) for disk in plan.disks
     )
@@ -116,7 +130,9 @@ def _linux(vm: GuestDescription, system: System, plan: RestorePlan) -> Iterator[
                 "VirtIO, for speed: if the guest's kernel has virtio_scsi, make its "
                 "initial RAM disk again with it; shut down"
             )
-        for number, disk in enumerate(slow):
+        if pvscsi:
+            yield "then: qm set VMID --scsihw virtio-scsi-single"
+        for number, disk in enumerate([] if pvscsi else slow):
             yield (
                 f"then: qm set VMID --delete {disk.key}; qm set VMID --scsihw "
                 f"virtio-scsi-single --scsi{number} VOLUME (the one now shown as "
@@ -127,8 +143,8 @@ def _linux(vm: GuestDescription, system: System, plan: RestorePlan) -> Iterator[
     tools = "open-vm-tools" if _vmware(vm) else "hyperv-daemons"
     if _vmware(vm) or _hyperv(vm):
         yield (
-            f"in the guest: remove {tools}, install qemu-guest-agent; then "
-            "qm set VMID --agent 1"
+            f"in the guest: remove {tools} if it is there, install qemu-guest-agent; "
+            "then qm set VMID --agent 1"
         )
     else:
         yield "in the guest: install qemu-guest-agent; then qm set VMID --agent 1"

@@ -29,11 +29,13 @@ from pveplug.describe.guest import (
     GuestDescription,
     GuestDisk,
     GuestNic,
+    bounded,
     mac_address,
     one_line,
     reported,
 )
 from pveplug.describe.systems import family_of
+from pveplug.describe.texts import known_encoding
 from pveplug.errors import DescriptionError
 from pveplug.units import MiB
 
@@ -68,16 +70,19 @@ def is_vmx(text: str) -> bool:
 
 def decoded(data: bytes) -> str:
     """Decode by what the file says, else as UTF-8, else as Windows does."""
-    named = _ENCODING.search(data[: 64 << 10])
-    wanted = named[1].decode("ascii", "replace") if named else "utf-8"
-    for encoding in (wanted, "utf-8-sig"):
+    for encoding in (encoding_of(data), "utf-8"):
         try:
-            text = data.decode(encoding)
-        except (LookupError, ValueError):
+            return data.decode(encoding).removeprefix("\ufeff")
+        except ValueError:
             continue
-        if isinstance(text, str):
-            return text.removeprefix("\ufeff")
     return data.decode("cp1252", "replace")
+
+
+def encoding_of(data: bytes) -> str:
+    """Return the encoding a file says it is in, if that is one; else UTF-8."""
+    named = _ENCODING.search(data[: 64 << 10])
+    name = named[1].decode("ascii", "replace") if named else ""
+    return known_encoding(name) or "utf-8"
 
 
 def read(data: bytes, file: str) -> GuestDescription:
@@ -100,8 +105,7 @@ class _Vmx:
         self.lines: dict[str, int] = {}
         self.dropped: list[tuple[str, str]] = []
         self.notes: list[str] = []
-        named = _ENCODING.search(data[: 64 << 10])
-        self.encoding = named[1].decode("ascii", "replace") if named else "utf-8"
+        self.encoding = encoding_of(data)
         for number, line in enumerate(_lines(decoded(data)), 1):
             if number > MAX_LINES:
                 raise self.wrong(f"more than {MAX_LINES} lines", number)
@@ -131,7 +135,7 @@ class _Vmx:
                 rb"\|([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), raw
             )
             return marked.decode(self.encoding)
-        except (LookupError, ValueError):
+        except ValueError:
             return _ESCAPE.sub(lambda m: chr(int(m[1], 16)), value)
 
     def wrong(self, why: str, line: int | None) -> DescriptionError:
@@ -188,7 +192,7 @@ class _Vmx:
             localtime=self.clock(),
             text=self.get("annotation").replace("\r\n", "\n")[:MAX_TEXT],
             dropped=reported(self.dropped),
-            notes=tuple(self.notes),
+            notes=bounded(self.notes),
         )
 
     def processors(self) -> tuple[int | None, int | None]:
