@@ -249,6 +249,12 @@ class ImportVm:
                 "is a raw image of unknown length.",
                 "import it with pveplug import --size.",
             )
+        twins = [d.name for d in self.disks if base_name(d.name) == base_name(file)]
+        if twins:
+            self._say.warning(
+                f"{file} is taken for another disk than {twins[0]}; if both are full "
+                "backups of one, select the newer job alone"
+            )
         async with self._making:
             if not self._volumes and not self.vmid:
                 await self.begin()

@@ -9,17 +9,17 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from pveplug.images.blockdelta import BlockDeltaWriter, DeltaHeader
 from tests.lab.site import Site, short_base
 from tests.lab.vm import LabVm
 from tests.support import foreign_vms, truth
+from tests.support.foreign_vms import delta
 from tests.support.requires import requires
 
 pytestmark = [
@@ -250,26 +250,6 @@ async def test_increments_of_each_kind_are_put_upon_what_they_were_made_from(
     )
     assert "what it was made from did not come before it" in said
     bench.nothing_left()
-
-
-def delta(
-    path: Path,
-    parent: str,
-    identity: str,
-    size: int,
-    runs: Sequence[tuple[int, bytes | int]],
-) -> Path:
-    """Write a container: bytes are data, a number is so many zeroes."""
-    writer = BlockDeltaWriter()
-    parts = [writer.begin(DeltaHeader(size, path.stem, identity, parent))]
-    for offset, run in runs:
-        if isinstance(run, int):
-            parts.append(writer.zero(offset, run))
-        else:
-            parts.append(writer.data(offset, run))
-    parts.append(writer.end())
-    path.write_bytes(b"".join(parts))
-    return path
 
 
 async def test_what_is_damaged_unknown_or_lonely_leaves_nothing(

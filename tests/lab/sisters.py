@@ -102,19 +102,35 @@ class Sisters:
             plugin: ``podheitor-vsphere`` or ``podheitor-hyperv``.
             runs: for each job what it stores, see tests/support/sister_backend.py.
         """
+        async with self._at_work():
+            return await self._run(job, plugin, runs)
+
+    async def _run(
+        self, job: str, plugin: str, runs: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> list[JobResult]:
         scenario = self._folder / f"{job}.json"
         record = str(self._folder / "record")
         found = []
+        await asyncio.to_thread(
+            self.world.bacula.add_job, job, f"{plugin}: scenario={scenario}"
+        )
+        for number, entries in enumerate(runs):
+            values = {"record": record, "entries": [dict(e) for e in entries]}
+            scenario.write_text(json.dumps(values, default=str))
+            level = "Incremental" if number else "Full"
+            result = await self.world.run(job, level)
+            assert result.termination == "Backup OK", result.text
+            found.append(result)
+        return found
+
+    async def back_up_each(
+        self,
+        jobs: Mapping[str, Sequence[Mapping[str, Any]]],
+        plugin: str = NAMES[1],
+    ) -> dict[str, JobResult]:
+        """Run a Full of each of these jobs; what each stores is given by its name."""
+        found = {}
         async with self._at_work():
-            bacula = self.world.bacula
-            await asyncio.to_thread(
-                bacula.add_job, job, f"{plugin}: scenario={scenario}"
-            )
-            for number, entries in enumerate(runs):
-                values = {"record": record, "entries": [dict(e) for e in entries]}
-                scenario.write_text(json.dumps(values, default=str))
-                level = "Incremental" if number else "Full"
-                result = await self.world.run(job, level)
-                assert result.termination == "Backup OK", result.text
-                found.append(result)
+            for job, entries in jobs.items():
+                (found[job],) = await self._run(job, plugin, [entries])
         return found

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptions of the tiny guest as VMware and Hyper-V write them."""
+"""Descriptions of the tiny guest as VMware and Hyper-V write them, and increments."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pveplug.images.blockdelta import BlockDeltaWriter, DeltaHeader
 
 MAC = "00:50:56:aa:bb:01"
 
@@ -111,3 +116,23 @@ def hyperv(name: str, disk: str, generation: int) -> bytes:
     bus = _IDE if generation == 1 else _SCSI
     text = HYPERV.format(name=name, disk=disk, subtype=generation - 1, bus=bus)
     return text.encode("utf-16")
+
+
+def delta(
+    path: Path,
+    parent: str,
+    identity: str,
+    size: int,
+    runs: Sequence[tuple[int, bytes | int]],
+) -> Path:
+    """Write a container: bytes are data, a number is so many zeroes."""
+    writer = BlockDeltaWriter()
+    parts = [writer.begin(DeltaHeader(size, path.stem, identity, parent))]
+    for offset, run in runs:
+        if isinstance(run, int):
+            parts.append(writer.zero(offset, run))
+        else:
+            parts.append(writer.data(offset, run))
+    parts.append(writer.end())
+    path.write_bytes(b"".join(parts))
+    return path

@@ -4,8 +4,8 @@
 
 Its plug-in string is ``podheitor-vsphere: scenario=/path/to/scenario.json``, whose
 entries are ``{"file": "/@vsphere/web01/web01.ovf", "path": "/a/real/file"}``. With
-``"cut": n`` only n bytes come although more are announced, with ``"flip": n`` byte n is
-another one, with ``"size": n`` that is what is announced.
+``"cut": n`` only n bytes come although more are announced, with ``"flip": [n]`` byte n
+is another one, with ``"size": n`` that is what is announced.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Sister(ptcomm_backend.Backend):
         self.end()
         if not data:
             return
-        left, flip = entry.get("cut", found.st_size), entry.get("flip", -1)
+        left, flip = entry.get("cut", found.st_size), entry.get("flip", ())
         self.command("DATA")
         with open(entry["path"], "rb") as file:
             at = 0
             while left and (piece := file.read(min(FRAME, left))):
-                if at <= flip < at + len(piece):
-                    changed = bytearray(piece)
-                    changed[flip - at] ^= 0x55
-                    piece = bytes(changed)
-                ptcomm_backend.write(ptcomm_backend.packet("D", piece))
+                changed = bytearray(piece)
+                for place in flip:
+                    if at <= place < at + len(piece):
+                        changed[place - at] ^= 0x55
+                ptcomm_backend.write(ptcomm_backend.packet("D", bytes(changed)))
                 left -= len(piece)
                 at += len(piece)
         self.end()
