@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.harness import Row, say, say_machine, write_json
 
-NAMES = ("read", "nbd_server", "dr")
+NAMES = ("read", "nbd_server", "dr", "ir")
 """Modules of this package with ``measure(*, small, rounds)``, in the rows' order."""
 
 

@@ -36,6 +36,7 @@ STATUS_S: Final = 10.0
 """For a file daemon's word on its jobs, which is only shown."""
 JOBS_MAX: Final = 500
 """So many of the newest backups are looked through for a VM."""
+FIRST_LOOKS_S: Final = 0.25
 SUMMARY_S: Final = 15.0
 """A job's summary comes to the catalogue a moment after its status."""
 
@@ -252,11 +253,15 @@ class Console:
 
     async def restore_jobs(self) -> list[str]:
         """Return the names of the Director's Job resources of type Restore."""
-        text = await self.ask(".jobs type=R")
-        return [line.strip() for line in text.split("\n")[1:] if line.strip()]
+        question = ".jobs type=R"
+        lines = (line.strip() for line in (await self.ask(question)).split("\n"))
+        return [line for line in lines if line and line != question]
 
     async def preview(self, order: RestoreOrder) -> None:
         """Have Bacula select the files and show the job, without running it.
+
+        As after any restore that was declined, the Director leaves a bootstrap file of
+        a few hundred bytes in its working directory.
 
         Raises:
             RequestError: it would be another job than the one that was ordered: Bacula
@@ -312,7 +317,7 @@ class Console:
         """Wait until a job has ended; as long as it takes, as Bacula bounds it.
 
         Args:
-            report: called at each look, every ``every_s`` seconds.
+            report: called at each look, at most ``every_s`` seconds apart.
             on_log: called once with each line of the job's log, as they come.
 
         Cancelling the wait leaves the job alone. A Director that is away for a moment
@@ -320,7 +325,7 @@ class Console:
         """
         loop = asyncio.get_running_loop()
         silent_since: float | None = None
-        shown = 0
+        shown = looks = 0
         while True:
             try:
                 progress = await self.progress(job_id)
@@ -338,7 +343,9 @@ class Console:
                 report(progress)
                 if ended:
                     return await self.job(job_id)
-            await asyncio.sleep(every_s)
+            # Small jobs end in seconds; large ones needn't be looked at that often.
+            looks += 1
+            await asyncio.sleep(min(every_s, looks * FIRST_LOOKS_S))
 
     async def log(self, job_id: int) -> list[str]:
         """Return the lines of a job's log; of one that ended, with its summary."""

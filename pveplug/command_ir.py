@@ -92,7 +92,7 @@ def _add_start(actions: Any) -> None:
         action="store_true",
         help="leave the disks where they are until `pveplug ir migrate`",
     )
-    add("--timeout", metavar="SECONDS", help="how long the whole may take")
+    add("--timeout", metavar="SECONDS", help="how long the guest may wait for data")
     add(
         "--map-bridge",
         action="append",

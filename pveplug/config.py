@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,6 +190,23 @@ class Replication:
 
 
 @dataclass(frozen=True, slots=True)
+class ProofOrder:
+    """What a proof as a job of its own was told.
+
+    Attributes:
+        options: of the restore jobs it submits, as ``where=`` carries them.
+        console: file of bconsole's configuration; None: its default.
+        client: who restores; None: whose backup it is.
+        restore_job: Bacula's Job of Type = Restore; None: the only one.
+    """
+
+    options: Mapping[str, str]
+    console: str | None = None
+    client: str | None = None
+    restore_job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BackupConfig:
     connection: Connection
     selection: Selection
@@ -199,6 +215,8 @@ class BackupConfig:
     backup_type: str | None = None
     replication: Replication | None = None
     """What a mode of disaster recovery was told; None with ``mode=backup``."""
+    proof: ProofOrder | None = None
+    """With ``mode=prove``."""
 
     @property
     def needs_source(self) -> bool:
@@ -226,7 +244,7 @@ class Instant:
 class Prove:
     """What proves that a backup boots; names are those of the parameters."""
 
-    evidence: Literal["auto", "agent", "serial", "screen", "any"] = "auto"
+    evidence: str = "auto"
     serial: str | None = None
     timeout: int = 300
     memory: int | None = None
@@ -326,7 +344,8 @@ def parse_backup(
     Raises:
         ConfigError: which key, which value, why.
     """
-    values = _typed(plugin_words(plugin_string))
+    words = plugin_words(plugin_string)
+    values = _typed(words)
     warnings: list[str] = []
     connection = _connection(values, node or Node(), warnings)
     selection = Selection(
@@ -339,6 +358,7 @@ def parse_backup(
         _value(values, "mode"),
         _value(values, "backup_type"),
         _replication(values, warnings),
+        _proof_order(values, words),
     )
     if config.needs_source:
         connection.check()
@@ -518,6 +538,28 @@ def _restore(
     return config, values
 
 
+_FOR_THE_RESTORE: Final = (
+    *("restore_storage", "storage_map", "restore_pool", "ir_overlay_storage"),
+    *("ir_timeout", "prove_evidence", "prove_serial", "prove_timeout"),
+    *("prove_memory", "prove_report"),
+)
+
+
+def _proof_order(
+    values: Mapping[str, Any], words: Mapping[str, str | None]
+) -> ProofOrder | None:
+    if _value(values, "mode") != "prove":
+        return None
+    options = {key: words[key] or "yes" for key in _FOR_THE_RESTORE if key in words}
+    _prove(values)  # what is wrong with them is said before a job is submitted
+    return ProofOrder(
+        options,
+        _value(values, "prove_console"),
+        _value(values, "prove_client"),
+        _value(values, "prove_restore_job"),
+    )
+
+
 def _restore_mode(
     values: Mapping[str, Any], target: str, asked: Iterable[str]
 ) -> str | None:
@@ -594,18 +636,10 @@ def _is_loopback(host: str) -> bool:
 
 def _prove(values: Mapping[str, Any]) -> Prove:
     pattern = _value(values, "prove_serial")
-    if pattern is not None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"prove_serial={pattern} is no regular expression: {error}",
-                key="prove_serial",
-            ) from None
     evidence = _value(values, "prove_evidence")
-    if evidence == "serial" and pattern is None:
+    if "serial" in evidence and pattern is None:
         raise ConfigError(
-            "prove_evidence=serial needs prove_serial, what to look for",
+            f"prove_evidence={evidence} needs prove_serial, what to look for",
             key="prove_serial",
         )
     return Prove(

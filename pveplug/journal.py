@@ -39,7 +39,7 @@ class Entry:
     vmid: int
     job: str
     kind: str
-    """``backup`` or ``restore``."""
+    """``backup``, ``restore`` or ``prove``: a restore whose VM runs and goes."""
     pid: int = 0
     started: float = 0.0
     asking: bool = False

@@ -36,6 +36,9 @@ def ir_rows() -> Iterator[Parameter]:
             default_text=text,
         )
 
+    def job_row(name: str, kind: v.Type, summary: str, text: str) -> Parameter:
+        return Parameter(name, kind, None, "ir", summary, default_text=text)
+
     yield row(
         "ir_overlay_storage",
         v.STORAGE,
@@ -83,13 +86,17 @@ def ir_rows() -> Iterator[Parameter]:
     )
     yield row(
         "prove_evidence",
-        v.choice("auto", "agent", "serial", "screen", "any"),
+        v.matching(
+            "evidence",
+            r"auto|any|(agent|serial|screen)(\+(agent|serial|screen))*",
+            "auto, any, or agent, serial and screen with + between",
+        ),
         "auto",
         "what proves that a backup boots (mode=prove)",
         detail="agent: the guest agent answers. serial: prove_serial appears on the "
         "serial console. screen: the screen shows something steady that is no failure "
-        "of the firmware. any: the first of them. auto: agent where the VM has one, "
-        "else serial where prove_serial is given, else screen.",
+        "of the firmware. agent+serial: both. any: the first that comes. auto: agent "
+        "where the VM has one, else serial where prove_serial is given, else screen.",
     )
     yield row(
         "prove_serial",
@@ -111,6 +118,24 @@ def ir_rows() -> Iterator[Parameter]:
         None,
         "MiB of memory at most while it is proved",
         text="as the VM has",
+    )
+    yield job_row(
+        "prove_console",
+        v.PATH,
+        "file on the node: bconsole's configuration (mode=prove as a job)",
+        "bconsole's own default",
+    )
+    yield job_row(
+        "prove_client",
+        v.TEXT,
+        "client of Bacula's that restores for the proof",
+        "the client of the backup",
+    )
+    yield job_row(
+        "prove_restore_job",
+        v.TEXT,
+        "Bacula's Job of Type = Restore for the proof",
+        "the only one there is",
     )
     yield row(
         "prove_report",

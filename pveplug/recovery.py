@@ -161,6 +161,12 @@ async def undo(
             functools.partial(local.volume_exists, volid),
             functools.partial(local.deactivate, volid),
         )
+    if entry.created and entry.kind == "prove":
+        await step(
+            f"stopped VM {vmid}, made for a proof",
+            functools.partial(_is_proof_running, local, entry),
+            functools.partial(local.stop_vm, vmid),
+        )
     if entry.created:
         await step(
             f"destroyed the unfinished VM {vmid}",
@@ -315,6 +321,13 @@ async def _is_unfinished(local: PveLocal, entry: Entry, found: Undone) -> bool:
         )
         return False
     return True
+
+
+async def _is_proof_running(local: PveLocal, entry: Entry) -> bool:
+    config = await _config(local, entry.vmid)
+    if config is None or not entry.uuid or smbios_uuid(config) != entry.uuid:
+        return False
+    return local.vm_running(entry.vmid) is not None
 
 
 async def _is_surplus(local: PveLocal, entry: Entry, volid: str) -> bool:

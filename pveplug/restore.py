@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -42,6 +43,7 @@ from pveplug.images.chain import (
 from pveplug.images.evidence import JobEvidence, Paper, is_paper
 from pveplug.images.manifest import LAYOUT_FILE, PREFIX, DiskEntry
 from pveplug.ir.landing import LandingError
+from pveplug.ir.prove_target import ProveTarget
 from pveplug.ir.target import InstantTarget
 from pveplug.node import Node
 from pveplug.pve import PveApi
@@ -82,6 +84,7 @@ class Restore:
         self._node = node
         self._vms: dict[str, _Vm] = {}
         self._damaged: list[str] = []
+        self._job_ids: dict[str, int] = {}
 
     async def run(self) -> None:
         """Restore what the job delivers.
@@ -92,11 +95,13 @@ class Restore:
         session = self._session
         options: list[str] = []
         blobs: list[bytes] = []
+        by_job: dict[int, list[bytes]] = {}
         async for found in session.restore_objects():
             if found.type == OPTIONS_OBJECT:
                 options.append(found.data.decode("utf-8", "replace").rstrip("\0"))
             elif found.type == OUR_OBJECT:
                 blobs.append(found.data)
+                by_job.setdefault(found.job_id, []).append(found.data)
         config = parse_restore(
             session.plugin, session.job.where, options, node=self._node
         )
@@ -114,25 +119,42 @@ class Restore:
             await session.finish_done()
             return
         self._plan(blobs)
+        if config.instant is not None:
+            self._number(by_job)
         api = await open_api(config.connection)
         async with api, contextlib.AsyncExitStack() as stack:
             local = PveLocal(self._node)
             await check_version(api, session)
             await session.objects_done()
-            async for file in session.files():
-                await self._take(file, config, api, local, stack)
-            if not any(vm.target for vm in self._vms.values()):
-                raise JobError(
-                    "Bacula delivered nothing of a VM's disks.",
-                    phase="restore",
-                    remedy=f"select files below {PREFIX}/.",
-                )
-            for vm in self._vms.values():
-                self._check_whole(vm)
-            for vm in self._vms.values():
-                if vm.target is not None:
-                    await vm.target.commit()
+            try:
+                await self._restore(config, api, local, stack)
+            except PveplugError as error:
+                for vm in self._vms.values():
+                    if vm.target is not None:
+                        await vm.target.failed(error)
+                raise
             await session.finish_done()
+
+    async def _restore(
+        self,
+        config: RestoreConfig,
+        api: PveApi,
+        local: PveLocal,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        async for file in self._session.files():
+            await self._take(file, config, api, local, stack)
+        if not any(vm.target for vm in self._vms.values()):
+            raise JobError(
+                "Bacula delivered nothing of a VM's disks.",
+                phase="restore",
+                remedy=f"select files below {PREFIX}/.",
+            )
+        for vm in self._vms.values():
+            self._check_whole(vm)
+        for vm in self._vms.values():
+            if vm.target is not None:
+                await vm.target.commit()
 
     def _plan(self, blobs: list[bytes]) -> None:
         """Find out from the objects what the jobs hold; touches nothing.
@@ -153,6 +175,12 @@ class Restore:
                 "the catalogue has no restore objects of these jobs; their images are "
                 "replayed in order, which writes superseded data too"
             )
+
+    def _number(self, by_job: Mapping[int, list[bytes]]) -> None:
+        """Find out the JobIds of the jobs, for whoever reports them."""
+        for job_id, blobs in by_job.items():
+            for record in decode_objects(blobs)[0]:
+                self._job_ids[record.manifest.job] = job_id
 
     def _vm_of(self, group: list[JobRecord]) -> _Vm:
         if self._damaged:
@@ -328,13 +356,15 @@ class Restore:
                 key="restore_vmid",
             )
         limit = RateLimit(config.bwlimit * KiB)
-        goal = Goal(manifest, vm.chain)
+        goal = Goal(manifest, vm.chain, job_ids=self._job_ids)
         common = (self._node, api, local, goal, limit, self._session)
-        target = (
-            VmTarget(config, *common)
-            if config.instant is None
-            else InstantTarget(config, config.instant, *common)
-        )
+        target: VmTarget
+        if config.instant is None:
+            target = VmTarget(config, *common)
+        elif config.prove is None:
+            target = InstantTarget(config, config.instant, *common)
+        else:
+            target = ProveTarget(config, config.instant, *common)
         stack.push_async_callback(target.aclose)
         await target.begin(self._session.job.name)
         return target

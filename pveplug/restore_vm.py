@@ -72,6 +72,8 @@ class Goal:
     """Of the newest backup; where it is unknown, what is known so far."""
     chain: Chain | None
     volumes: dict[str, Volume] = field(default_factory=dict)
+    job_ids: dict[str, int] = field(default_factory=dict)
+    """JobIds of the chain's jobs, as far as they are known."""
 
 
 class VmTarget:
@@ -95,7 +97,10 @@ class VmTarget:
         self._limit = limit
         self._say = say
         self._here = config.connection.node
-        self._made = UnfinishedVm(node, config.connection.node, api, local, say)
+        self._made = UnfinishedVm(
+            *(node, config.connection.node, api, local, say),
+            kind="prove" if config.prove is not None else "restore",
+        )
         self._serving = contextlib.AsyncExitStack()
         self._storages: dict[str, Storage] = {}
         self._replaced: dict[str, str] = {}
@@ -142,13 +147,15 @@ class VmTarget:
         if wanted is not None and wanted in resources:
             await self._check_overwrite(wanted, resources[wanted])
         target = await self._target(resources, replaced=wanted)
-        self._plan = transform_for_restore(
-            manifest.config,
-            self._wishes(),
-            target,
-            disk_sizes=self._sizes(),
-            fresh_uuid=str(uuid.uuid4()),
-            running_machine=manifest.versions.get("machine"),
+        self._plan = self._shaped(
+            transform_for_restore(
+                manifest.config,
+                self._wishes(),
+                target,
+                disk_sizes=self._sizes(),
+                fresh_uuid=str(uuid.uuid4()),
+                running_machine=manifest.versions.get("machine"),
+            )
         )
         for key, why in self._plan.dropped:
             self._say.info(f"{key} is not taken over: {why}")
@@ -191,6 +198,10 @@ class VmTarget:
             disk_sizes=self._sizes(),
         )
         self._goal.volumes = {p.source_key: Volume(p) for p in plans}
+
+    def _shaped(self, plan: RestorePlan) -> RestorePlan:
+        """Return the plan as this kind of target wants it."""
+        return plan
 
     def _sizes(self) -> dict[str, int]:
         chain = self._goal.chain
@@ -282,13 +293,15 @@ class VmTarget:
         resources = {r.vmid: r for r in await self._api.resources()}
         before = self._plan
         smbios = before.params.get("smbios1", "") if before else ""
-        self._plan = transform_for_restore(
-            manifest.config,
-            self._wishes(),
-            await self._target(resources, replaced=self.vmid),
-            disk_sizes=self._sizes(),
-            fresh_uuid=smbios_uuid({"smbios1": smbios}) or str(uuid.uuid4()),
-            running_machine=manifest.versions.get("machine"),
+        self._plan = self._shaped(
+            transform_for_restore(
+                manifest.config,
+                self._wishes(),
+                await self._target(resources, replaced=self.vmid),
+                disk_sizes=self._sizes(),
+                fresh_uuid=smbios_uuid({"smbios1": smbios}) or str(uuid.uuid4()),
+                running_machine=manifest.versions.get("machine"),
+            )
         )
         planned = {p.source_key: p for p in self._plan.disks}
         for key in [k for k in self._goal.volumes if k not in planned]:
@@ -455,6 +468,9 @@ class VmTarget:
                 f"VM {self.vmid}: its firewall rules could not be written: {error}; "
                 "they are in firewall.fw of the backup"
             )
+
+    async def failed(self, error: BaseException) -> None:
+        """Take note of why the restore ends, before everything is undone."""
 
     async def aclose(self) -> None:
         """Undo what is unfinished; nothing where ``commit`` went through."""

@@ -41,14 +41,22 @@ class UnfinishedVm:
     """One VM being made; ``vmid`` is 0 until its id is held."""
 
     def __init__(
-        self, node: Node, here: str, api: PveApi, local: PveLocal, say: Reporter
+        self,
+        node: Node,
+        here: str,
+        api: PveApi,
+        local: PveLocal,
+        say: Reporter,
+        *,
+        kind: str = "restore",
     ) -> None:
-        """``here`` is this node's name in the cluster."""
+        """``here`` is this node's name in the cluster, ``kind`` the journal's."""
         self._node = node
         self._here = here
         self._api = api
         self._local = local
         self._say = say
+        self._kind = kind
         self._holding = contextlib.AsyncExitStack()
         self._journal: Journal | None = None
         self.vmid = 0
@@ -75,7 +83,7 @@ class UnfinishedVm:
                 f"VM {vmid}: after an earlier job that was killed: {line}"
             )
         self.vmid = vmid
-        self._journal = open_journal(self._node.state_dir, vmid, job, "restore")
+        self._journal = open_journal(self._node.state_dir, vmid, job, self._kind)
 
     async def create(
         self, job: str, wanted: int | None, params: Mapping[str, str], pool: str | None

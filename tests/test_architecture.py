@@ -46,13 +46,13 @@ LAYERS: Final = {
         *("manual", "dr.receiver_config"),
     },
     "chapters": {
-        *("source", "access", "restore_vm", "ir.target"),
+        *("source", "access", "restore_vm", "ir.target", "ir.prove_target"),
         *("import_disk", "import_vm", "import_files"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
         *("backup", "restore", "restore_foreign", "import_local", "estimate", "verify"),
-        *("dr.receiver", "dr.sender"),
+        *("dr.receiver", "dr.sender", "proofjob"),
     },
     "top": {
         "",

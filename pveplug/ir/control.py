@@ -2,7 +2,7 @@
 """Talking to a keeper, and starting one.
 
 The keeper listens on a unix socket in its recovery's runtime directory: a line of JSON
-in, ``{"do": "status"|"migrate"|"retire"}``, a line of JSON out.
+in, ``{"do": "status"|"migrate"|"release"|"retire"}``, a line of JSON out.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import signal
@@ -44,6 +45,7 @@ from pveplug.nbd.server import NbdServer, serve
 from pveplug.node import Node, load_node
 from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
+from pveplug.qmp import qmp_session
 from pveplug.units import human
 from pveplug.vmconfig import Drive, drives
 
@@ -58,8 +60,36 @@ ORPHAN_S: Final = 30.0
 """How long a recovery that nobody took over may be without the job that makes it."""
 LOOK_S: Final = 30.0
 """How often to ask whether the VM is still there; each `qm` costs a second."""
+RESUMES: Final = 20
 LINKS_S: Final = 60.0
 """How long QEMU may keep a connection to a disk that has moved away."""
+
+
+class _Served(LandingDevice):
+    """A device that can be made to give up: its VM is about to be removed."""
+
+    def __init__(self, landing: Landing) -> None:
+        super().__init__(landing)
+        self._released = False
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def ready(self, offset: int, length: int) -> asyncio.Future[None] | None:
+        future = super().ready(offset, length)
+        if future is None:
+            return None
+        if self._released:
+            future.cancel()
+            raise OSError(errno.EIO, "the recovery is being given up")
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    def release(self) -> None:
+        """Fail what waits for data that will not come, so that QEMU can end."""
+        self._released = True
+        for future in list(self._waiting):
+            if not future.done():
+                future.set_exception(OSError(errno.EIO, "given up"))
 
 
 class Keeper:
@@ -71,6 +101,7 @@ class Keeper:
         self._record = record
         self._local = PveLocal(node)
         self._landings: dict[str, Landing] = {}
+        self._devices: dict[str, _Served] = {}
         self._server: NbdServer | None = None
         self._migration: asyncio.Task[None] | None = None
         self._migrate = record.auto_migrate and not record.prove
@@ -93,7 +124,7 @@ class Keeper:
             PveplugError: the landing store can't be read, or not be listened on.
         """
         async with contextlib.AsyncExitStack() as stack:
-            devices: dict[str, LandingDevice] = {}
+            devices = self._devices
             for disk in self._record.disks:
                 landing = Landing.open(
                     self._recovery.folder, self._recovery.runtime, disk.source
@@ -101,7 +132,7 @@ class Keeper:
                 stack.callback(landing.close)
                 self._landings[disk.source] = landing
                 if disk.overlay:
-                    devices[disk.source] = stack.enter_context(LandingDevice(landing))
+                    devices[disk.source] = stack.enter_context(_Served(landing))
             self._server = await stack.enter_async_context(
                 serve(devices, self._address())
             )
@@ -153,6 +184,9 @@ class Keeper:
             case "migrate":
                 self._migrate = True
                 self._trouble = ""
+            case "release":
+                for device in self._devices.values():
+                    device.release()
             case "retire":
                 # The VM is gone, or being removed: nothing to serve any more.
                 self._over.set()
@@ -251,8 +285,7 @@ class Keeper:
         self._paused = True
         self._trouble = text
         log.warning("ir-paused vm=%s owed=%s", record.vmid, owed)
-        if self._local.vm_running(record.vmid) is not None:
-            await self._quietly(self._local.suspend(record.vmid))
+        await self._quietly(self._monitor("stop"))
         await self._note(text)
 
     async def _go_on(self, why: str) -> None:
@@ -260,9 +293,33 @@ class Keeper:
         self._trouble = ""
         vmid = self._record.vmid
         log.info("ir-resumed vm=%s: %s", vmid, why)
-        if self._local.vm_running(vmid) is not None:
-            await self._quietly(self._local.resume(vmid))
+        await self._quietly(self._run_again())
         await self._note(running_note(vmid, self._record.head))
+
+    async def _monitor(self, command: str) -> str:
+        """Stop or continue the guest; return QEMU's word for its state.
+
+        Not by `qm`: a move holds the lock that it needs for as long as it lasts.
+        """
+        vmid = self._record.vmid
+        if self._local.vm_running(vmid) is None:
+            return "stopped"
+        async with qmp_session(self._node.qmp_socket(vmid)) as qmp:
+            await qmp.execute(command)
+            return str((await qmp.execute("query-status"))["status"])
+
+    async def _run_again(self) -> None:
+        """Continue the guest, again where QEMU has yet to find its server."""
+        for _ in range(RESUMES):
+            if await self._monitor("cont") in ("running", "stopped"):
+                await asyncio.sleep(TICK_S)
+                if await self._monitor("query-status") in ("running", "stopped"):
+                    return
+            await asyncio.sleep(TICK_S)
+        raise PveplugError(
+            f"VM {self._record.vmid} stays paused; look at it, then "
+            f"qm resume {self._record.vmid}"
+        )
 
     async def _note(self, text: str) -> None:
         config = await self._config()

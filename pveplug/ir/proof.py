@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S: Final = 1.0
 LOOK_LIMIT_S: Final = 15.0
 """A look that takes longer is given up; the next one may succeed."""
+LAST_LOOK_S: Final = 3.0
 MONITOR_BUSY_S: Final = 10.0
 PING_S: Final = 3.0
 DRAIN_S: Final = 0.5
@@ -50,6 +51,7 @@ DRAIN_S: Final = 0.5
 CONSOLE_S: Final = 5.0
 """How long a VM that was started frozen waits for its console's reader."""
 PICTURE: Final = "screen.png"
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 async def watch(
@@ -117,7 +119,8 @@ class _Watch:
         seconds = self._now
         if not self._decided_by_look:
             with contextlib.suppress(PveplugError, TimeoutError):
-                await self._look_once()  # the picture of the end
+                async with asyncio.timeout(LAST_LOOK_S):
+                    await self._look_once()  # the picture of the end
         outcome, reason = self._judge.decision or _undecided()
         return Verdict(
             outcome=outcome,
@@ -318,9 +321,7 @@ def _undecided() -> Any:
 
 def _read(file: Path, before: Screen | None) -> Screen:
     """Read a picture that QEMU has written; the last one where nothing has changed."""
-    with open(
-        os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb"
-    ) as opened:
+    with open(os.open(file, _READ), "rb") as opened:
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             raise RemoteProtocolError("QEMU's picture of the screen is no file")
         data = opened.read(MAX_FILE + 1)

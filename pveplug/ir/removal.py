@@ -43,13 +43,16 @@ async def discard(node: Node, vmid: int, say: Callable[[str], None]) -> None:
             remedy="cancel that job first (bconsole: cancel).",
         )
     local = PveLocal(node)
-    await remove_vm(local, record, say)
+    await remove_vm(local, recovery, record, say)
     await remove_traces(node, recovery)
     say(f"VM {vmid}: everything of the recovery is removed")
 
 
 async def remove_vm(
-    local: PveLocal, record: Record, say: Callable[[str], None]
+    local: PveLocal,
+    recovery: Recovery,
+    record: Record,
+    say: Callable[[str], None],
 ) -> None:
     """Stop and destroy the VM of a recovery, if it is there and still that one.
 
@@ -72,6 +75,9 @@ async def remove_vm(
             "its folder below landing_dir by hand.",
         )
     if local.vm_running(vmid) is not None:
+        # Reads that wait for what will not come would keep QEMU from ending.
+        with contextlib.suppress(TransportError):
+            await ask(recovery, "release")
         await local.stop_vm(vmid)
         say(f"VM {vmid}: stopped")
     if config.get("protection", "0") == "1":

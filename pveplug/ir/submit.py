@@ -14,6 +14,7 @@ those small images, of the whole chain, since QEMU can't wait for them.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -35,6 +36,8 @@ FIRST_OF_HEAD: Final = (
 )
 """What goes with the firmware, where a job has it: to tell the head by."""
 
+_BACULA_S_OWN: Final = "Connected to Storage "
+"""A file daemon of 15.0 says that itself, in every job."""
 LOOKS: Final = 15
 """A line of progress for so many looks at a job: every half minute."""
 
@@ -184,6 +187,13 @@ def planned(
     return Plan(head, tuple(chain), tuple(parts), tuple(steps), _remarks(head, found))
 
 
+def whole(plan: Plan) -> RestoreOrder:
+    """Return one restore job of everything: what a proof is."""
+    order = plan.steps[-1].order
+    marks = tuple((part.directory, part.names) for part in reversed(plan.parts))
+    return dataclasses.replace(order, marks=marks)
+
+
 def firmware_marks(parts: Sequence[Part]) -> list[tuple[str, tuple[str, ...]]]:
     """Return what is restored before all else, newest part first; empty: nothing.
 
@@ -313,7 +323,7 @@ class _Watch:
         said = line.partition(": ")[2] if line.startswith(client) else ""
         if "Fatal error:" in line or " Error:" in line:
             self._errors.append(" ".join((said or line).split()))
-        if said:
+        if said and not said.startswith(_BACULA_S_OWN):
             self._say(f"{self._which}: {said}")
 
 

@@ -328,10 +328,7 @@ class InstantTarget(VmTarget):
     async def _start_vm(self) -> None:
         """Give the VM its disks, hand it over, start it."""
         await self._attach()
-        if not self.record.prove:
-            self.record.handed = True
-            self.recovery.save(self.record)
-            self._made.handed_over()
+        await self._before_start()
         here = sum(
             landing.size - landing.owed_bytes for landing in self._landings.values()
         )
@@ -349,6 +346,14 @@ class InstantTarget(VmTarget):
                 f"VM {self.vmid} runs, {time.monotonic() - self._began:.1f} s after "
                 f"this job began on it; {human(here)} of {human(size)} are here"
             )
+
+    async def _before_start(self) -> None:
+        """Hand the VM over: from here on nothing of it is undone."""
+        for volid in self._surplus:
+            await self._local.free_volume(volid)
+        self.record.handed = True
+        self.recovery.save(self.record)
+        self._made.handed_over()
 
     async def _attach(self) -> None:
         plan = self._plan
@@ -381,8 +386,6 @@ class InstantTarget(VmTarget):
             self._here, self.vmid, params, delete=self._stale
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
-        # The volumes are the VM's from here on; destroying it frees them.
-        self._made.journal.undone(volumes=list(self._surplus))
         self._write_firewall()
 
     def _kind_of(self, storage: str) -> str:
@@ -408,6 +411,24 @@ class InstantTarget(VmTarget):
 
     async def commit(self) -> None:
         """See that all has landed that this job brought, and lead the VM on."""
+        await self._land()
+        owed = {
+            key: landing.owed_bytes
+            for key, landing in self._landings.items()
+            if landing.owed_bytes
+        }
+        if not self._resumed and not self.record.handed:
+            # Not startable yet, and more jobs may follow: it is the user's now.
+            await self._hand_over_unstarted()
+        if owed:
+            self._tell_owed(owed)
+            return
+        self._say.info(f"VM {self.vmid}: all of its data is here")
+        await self._feeding.aclose()
+        await self._see_it_move()
+
+    async def _land(self) -> None:
+        """Bring what this job delivered to its end, and start the VM if it can run."""
         for key, volume in self._goal.volumes.items():
             if volume.writer is not None:
                 try:
@@ -421,21 +442,6 @@ class InstantTarget(VmTarget):
             await self._start_vm()
         elif self._starter is not None:
             await self._started_or_not()
-        owed = {
-            key: landing.owed_bytes
-            for key, landing in self._landings.items()
-            if landing.owed_bytes
-        }
-        if not self._resumed and not self.record.handed and not self.record.prove:
-            # Not startable yet, and more jobs may follow: it is the user's now.
-            await self._hand_over_unstarted()
-        if owed:
-            self._tell_owed(owed)
-            return
-        self._say.info(f"VM {self.vmid}: all of its data is here")
-        if not self.record.prove:
-            await self._feeding.aclose()
-            await self._see_it_move()
 
     async def _hand_over_unstarted(self) -> None:
         await self._made.unlock()
@@ -474,7 +480,7 @@ class InstantTarget(VmTarget):
                 job
                 for key in owed
                 for job in (chain.members(key) if chain else ())
-                if job not in self._written_jobs(key)
+                if self._owes(job, key)
             }
         )
         listed = ", ".join(f"{key} {human(size)}" for key, size in sorted(owed.items()))
@@ -485,9 +491,17 @@ class InstantTarget(VmTarget):
             "(pveplug ir start does)"
         )
 
-    def _written_jobs(self, key: str) -> list[str]:
-        volume = self._goal.volumes.get(key)
-        return volume.writer.written.jobs if volume and volume.writer else []
+    def _owes(self, job: str, key: str) -> bool:
+        """Whether something that only this job has is still to come."""
+        chain = self._goal.chain
+        if chain is None or not chain.mapped(key):
+            return True
+        landing = self._landings[key]
+        return any(
+            mark is Mark.OWED
+            for run in chain.owned(job, key).data_runs()
+            for *_, mark in landing.kinds(run.offset, run.length)
+        )
 
     async def _see_it_move(self) -> None:
         """Wait for the keeper's migration and tell how it goes."""

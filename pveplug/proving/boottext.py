@@ -61,7 +61,8 @@ _NOT_THE_SYSTEMS: Final = re.compile(
     r"|Loading (?:initial ramdisk|Linux )"
     r"|Booting from (?:Hard Disk|DVD|CD|ROM|Floppy)"
     r"|GRUB loading|Welcome to GRUB|Booting `"
-    r"|Decompressing Linux|Booting the kernel|KASLR disabled|EFI stub:|SeaBIOS \(version"
+    r"|Decompressing Linux|Booting the kernel|KASLR disabled|EFI stub:"
+    r"|SeaBIOS \(version"
 )
 """What QEMU, firmware and loaders leave on a screen when the system draws nothing."""
 MAX_LINE: Final = 500

@@ -54,3 +54,11 @@ async def test_a_guest_boots_while_its_data_is_still_coming(world: World) -> Non
         print(result.text)
         print(world.backend_log[-6000:])
     assert result.termination == "Restore OK"
+
+
+async def test_a_good_backup_is_proven_and_nothing_is_left(world: World) -> None:
+    job = await world.restore(where="/@pve/mode=prove,prove_timeout=2m", job="nightly")
+    print(job.text)
+    print(world.backend_log[-3000:])
+    assert job.termination == "Restore OK", job.text
+    assert [vmid for _, vmid in world.site.vms()] == [100, 120]

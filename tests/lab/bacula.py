@@ -377,6 +377,11 @@ class BaculaLab:
             program = Path(shutil.which("bconsole") or "bconsole")
         return [str(program), "-n", "-c", str(self.base / "etc/bconsole.conf")]
 
+    @property
+    def bconsole(self) -> tuple[list[str], Mapping[str, str]]:
+        """The console's command, and the environment it needs."""
+        return self._bconsole(), self._env
+
     def console(self, *lines: str, timeout: float = 60) -> str:
         """What bconsole says to these lines."""
         try:

@@ -198,7 +198,7 @@ class Demo:
         found = await asyncio.to_thread(truth.sha256_of_image, path, fmt)
         if found != wanted:
             raise DemoError(f"{path} is {found}, not {wanted}")
-        self._screen.say(f"its SHA-256 is {found[:16]}…, that of the disk it was then")
+        self._screen.say(f"its SHA-256 is {found[:16]}…, that of the disk as it was")
 
     async def _boots(self, vmid: int, marker: str) -> None:
         vm: LabVm = self._site.vm(vmid)
@@ -209,14 +209,14 @@ class Demo:
         values = vm.conf.values
         firmware = "UEFI" if values["bios"] == "ovmf" else "BIOS"
         self._screen.say(
-            f"VM {vmid} {values['name']} boots by {firmware} from {values['boot']}; its "
-            f"root file system says: {marker}"
+            f"VM {vmid} {values['name']} boots by {firmware}, {values['boot']}; its root "
+            f"file system says: {marker}"
         )
         await vm.stop()
 
 
 def checkpoint(image: Path, disk: bytes, marker: bytes) -> tuple[bytes, bytes]:
-    """Return an AVHDX upon a VHDX in which the guest's marker was changed, and the disk.
+    """Return an AVHDX upon a VHDX, with another marker for the guest, and the disk.
 
     qemu-img can't write one; ours has just the sectors that differ.
     """
