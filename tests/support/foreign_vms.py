@@ -120,7 +120,7 @@ def hyperv(name: str, disk: str, generation: int) -> bytes:
 
 def delta(
     path: Path,
-    parent: str,
+    parent: str | None,
     identity: str,
     size: int,
     runs: Sequence[tuple[int, bytes | int]],
