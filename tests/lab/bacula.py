@@ -237,6 +237,16 @@ class BaculaLab:
         tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
         raise LabError(f"bacula-{daemon} does not answer, see {output}:\n{tail}")
 
+    def stop_daemon(self, daemon: str) -> None:
+        """End a daemon in order; ``start_daemon`` brings it back."""
+        process = self._daemons.pop(daemon)
+        process.terminate()
+        process.wait(20)
+
+    def set_environment(self, **values: str) -> None:
+        """Change the environment of daemons that start from now on."""
+        self._env.update(values)
+
     def kill(self, daemon: str) -> None:
         """End a daemon with SIGKILL; ``start_daemon`` brings it back."""
         process = self._daemons.pop(daemon)
