@@ -46,7 +46,7 @@ DISK_BYTES: Final = 8 * MiB
 """Most that a file may have of one disk."""
 FILE_BYTES: Final = 64 * MiB
 """Most that a file may have."""
-ALL_BYTES: Final = 32 * MiB
+ALL_BYTES: Final = 34 * MiB
 """Most that a job keeps of all disks of a VM: beyond eight disks, less of each."""
 RUN_BYTES: Final = 1 * MiB
 """Most that one run may have."""
