@@ -236,7 +236,7 @@ def test_the_manifest_vouches_for_the_file() -> None:
         if good:
             evidence.paper(paper)
         else:
-            with pytest.raises(IntegrityError, match="edges.bin: it is not the file"):
+            with pytest.raises(IntegrityError, match=r"edges\.bin: it is not the file"):
                 evidence.paper(paper)
 
 
