@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pveplug import __version__
@@ -319,10 +320,12 @@ class Backup:
             async with _named(opened, disk.source, "read"):
                 size = disk.clusters.size
                 writer.begin(disk.source.key, size)
-                ranges = edge_ranges(size, len(disks))
-                await read_edges(
-                    disk.client, disk.clusters, ranges, writer, self._limit
-                )
+                read = partial(read_edges, disk.client, disk.clusters)
+                (_, head), *_ = edge_ranges(size, len(disks))
+                first = await read([(0, head)], writer, self._limit)
+                ranges = edge_ranges(size, len(disks), first)
+                rest = [(max(low, head), high) for low, high in ranges if high > head]
+                await read(rest, writer, self._limit)
         content = writer.finish()
         # What an image has there is what was put into the file, and nothing else.
         edges = Edges.decode(content)

@@ -145,10 +145,12 @@ async def read_edges(
     ranges: Sequence[tuple[int, int]],
     writer: EdgesWriter,
     limit: RateLimit,
-) -> None:
+) -> bytes:
     """Read the DATA clusters of some ranges ``(start, end)`` into ``writer``.
 
     They aren't given back, nor counted: that is done when the disk is streamed.
+
+    Returns: the disk's first cluster, if it was read; else nothing.
 
     Raises:
         NbdError, TransportError: a read failed; the point in time may be broken.
@@ -161,9 +163,13 @@ async def read_edges(
     reader = OrderedReader(
         client, request_bytes=REQUEST, in_flight_bytes=MiB, allowed=limit.in_flight
     )
+    first = b""
     async with aclosing(reader.read(runs)) as slots:  # type: ignore[type-var]
         async for slot in slots:
             writer.add(slot.offset, slot.view)
+            if slot.offset == 0:
+                first = bytes(slot.view[:CLUSTER])
+    return first
 
 
 async def give_back_unread(client: NbdClient, clusters: ClusterMap) -> None:

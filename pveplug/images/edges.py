@@ -9,6 +9,9 @@ clusters of the job that lie near the ends of its disks ::
 
     layout.json   edges.bin   scsi0.qcow2   scsi1.qcow2 …   manifest.json
 
+Guests look at the ends of partitions, too. Their table is at the disk's beginning: a
+job that reads it (each Full does) knows where they are.
+
 It is a copy and never the only one: the images are whole without it. The format
 (numbers big-endian, docs/protocols/backup-format.md has it with every bound)::
 
@@ -33,21 +36,28 @@ from blake3 import blake3
 
 from pveplug.errors import IntegrityError, LocalProtocolError
 from pveplug.images.clusters import MAX_SIZE
+from pveplug.images.partitions import partitions
 from pveplug.images.zstdframe import unpacked
-from pveplug.units import CLUSTER, MiB, round_down, round_up
+from pveplug.units import CLUSTER, KiB, MiB, round_down, round_up
 
-HEAD: Final = 2 * MiB + CLUSTER
-"""From the disk's start: the farthest that libblkid looks on every disk is VMFS's magic
-number at 2 MiB."""
-TAIL: Final = 2 * MiB
-"""Up to the disk's end: the farthest is a Promise RAID's label, 3087 sectors of 512
-bytes before it. GPT, LDM, DDF, mdraid, ZFS and DRBD are within the last MiB."""
+HEAD: Final = 1 * MiB + CLUSTER
+"""Of each disk. MBR, GPT and its entries, superblocks; the cluster at 1 MiB is looked
+at for a VMFS volume member."""
+FAR: Final = 2 * MiB
+"""Where each disk, and each partition, is looked at for a VMFS: the cluster there."""
+TAIL: Final = 3088 * 512
+"""Up to a disk's end: GPT, LDM, DDF, mdraid, ZFS and DRBD are within the last MiB; a
+label of a Promise RAID is looked for 3087 sectors before it."""
+PART: Final = 512 * KiB
+"""From a partition's start, and up to its end: two labels of ZFS, and all that is
+smaller."""
 DISK_BYTES: Final = 8 * MiB
 """Most that a file may have of one disk."""
 FILE_BYTES: Final = 64 * MiB
 """Most that a file may have."""
-ALL_BYTES: Final = 34 * MiB
-"""Most that a job keeps of all disks of a VM: beyond eight disks, less of each."""
+ALL_BYTES: Final = 24 * MiB
+"""Most that a job keeps of all disks of a VM, in memory: of more than eight disks it
+keeps less of each."""
 RUN_BYTES: Final = 1 * MiB
 """Most that one run may have."""
 
@@ -64,23 +74,48 @@ _KEY: Final = re.compile(rb"[a-z0-9]{1,32}")
 _MAX_DISKS: Final = 1024
 
 
-def edge_ranges(size: int, disks: int = 1) -> list[tuple[int, int]]:
+def edge_ranges(
+    size: int, disks: int = 1, first: bytes | bytearray | memoryview = b""
+) -> list[tuple[int, int]]:
     """Return the ranges ``(start, end)`` of a disk that belong into the file.
 
-    Whole clusters but for the disk's end, rising, apart from each other.
+    Whole clusters but for the disk's end, rising, apart from each other; the first
+    begins at 0.
 
     Args:
-        disks: how many the VM has; many share :data:`ALL_BYTES`.
+        disks: how many the VM has; they share :data:`ALL_BYTES`.
+        first: the disk's first cluster, where it is known: then ends of partitions are
+            among the ranges, as far as there is room.
     """
-    share = ALL_BYTES // max(disks, 1)
-    head, tail = HEAD, TAIL
-    if head + tail + CLUSTER > share:
-        head = tail = max(round_down((share - CLUSTER) // 2, CLUSTER), CLUSTER)
-    low = min(round_up(min(head, size), CLUSTER), size)
-    high = max(round_down(max(size - tail, 0), CLUSTER), low)
-    if low == high:
-        return [(0, size)]
-    return [(0, low), (high, size)]
+    share = min(ALL_BYTES // max(disks, 1), DISK_BYTES)
+    found = _joined(size, [(0, HEAD), (FAR, FAR + 1), (size - TAIL, size)])
+    if _total(found) > share:
+        each = max(round_down((share - CLUSTER) // 2, CLUSTER), CLUSTER)
+        found = _joined(size, [(0, each), (size - each, size)])
+    for low, high in partitions(first, size):
+        ends = [(low, min(low + PART, high)), (max(high - PART, low), high)]
+        ends += [(low + far, low + far + 1) for far in (MiB, FAR) if low + far < high]
+        more = _joined(size, [*found, *ends])
+        if _total(more) <= share:
+            found = more
+    return found
+
+
+def _joined(size: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Make ranges whole clusters of a disk, and join those that then touch."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        low = round_down(max(start, 0), CLUSTER)
+        high = min(round_up(end, CLUSTER), size)
+        if joined and low <= joined[-1][1]:
+            low, high = joined[-1][0], max(joined.pop()[1], high)
+        if low < high:
+            joined.append((low, high))
+    return joined
+
+
+def _total(ranges: Iterable[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +194,7 @@ class EdgesWriter:
         self._at = end
         self._kept += len(view)
         self._total += len(view)
-        if self._kept > DISK_BYTES or self._total > FILE_BYTES // 2:
+        if self._kept > DISK_BYTES or self._total > FILE_BYTES - MiB:
             raise LocalProtocolError("edges: more than may be kept")
         packer = zstandard.ZstdCompressor(level=1)
         for low in range(0, len(view), RUN_BYTES):

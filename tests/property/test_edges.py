@@ -18,7 +18,7 @@ from pveplug.errors import IntegrityError
 from pveplug.extents import Kind
 from pveplug.images.chain import Chain, DiskEntry, JobRecord, Manifest, backing_name
 from pveplug.images.clusters import ClusterMap
-from pveplug.images.edges import Edges, EdgesWriter
+from pveplug.images.edges import DISK_BYTES, Edges, EdgesWriter, edge_ranges
 from pveplug.images.qcow2_writer import Qcow2StreamWriter
 from pveplug.ir.landing import Landing
 from pveplug.ir.presence import Mark
@@ -88,6 +88,20 @@ def test_garbage_is_refused_or_has_bounded_runs(body, head):
                 assert len(run.data()) == run.length
             except IntegrityError:
                 pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=700), st.integers(1, 1 << 34), st.integers(1, 60))
+def test_ranges_are_whole_clusters_within_bounds_whatever_the_table_says(
+    table, size, disks
+):
+    first = (bytes(446) + table[:64]).ljust(510, b"\0") + b"\x55\xaa" + table[64:]
+    ranges = edge_ranges(size, disks, first)
+    flat = [place for pair in ranges for place in pair]
+    assert flat == sorted(set(flat))
+    assert flat[0] == 0
+    assert all(place % CLUSTER == 0 or place == size for place in flat)
+    assert sum(high - low for low, high in ranges) <= DISK_BYTES
 
 
 class Given:

@@ -15,7 +15,7 @@ from pveplug.images.edges import (
     DISK_BYTES,
     FILE_BYTES,
     HEAD,
-    TAIL,
+    PART,
     DiskEdges,
     Edges,
     EdgesWriter,
@@ -24,6 +24,7 @@ from pveplug.images.edges import (
 )
 from pveplug.images.evidence import JobEvidence, Paper, is_paper
 from pveplug.images.manifest import EDGES_FILE, text_digest
+from pveplug.images.partitions import partitions
 from pveplug.units import CLUSTER, GiB, KiB, MiB, TiB
 from tests.support.stored import a_chain
 
@@ -71,27 +72,102 @@ def test_what_was_put_in_comes_back() -> None:
     assert len(content) < 20 * CLUSTER
 
 
+def holds(ranges: list[tuple[int, int]], start: int, end: int) -> bool:
+    return any(low <= start and end <= high for low, high in ranges)
+
+
+def tidy(ranges: list[tuple[int, int]], size: int) -> bool:
+    """Whole clusters, rising and apart."""
+    flat = [place for pair in ranges for place in pair]
+    return flat == sorted(set(flat)) and all(
+        place % CLUSTER == 0 or place == size for place in flat
+    )
+
+
 def test_the_ranges_hold_what_guests_look_for() -> None:
-    for size in (8 * GiB, 8 * GiB + 512, 64 * TiB - 512):
-        head, tail = edge_ranges(size, 8)
-        assert head == (0, HEAD)
-        assert tail[1] == size
-        assert tail[0] % CLUSTER == 0
-        assert tail[0] <= size - TAIL
-        assert VMFS + 512 <= head[1]
-        assert size - PROMISE >= tail[0]
+    for size in (8 * GiB, 8 * GiB + 512, 64 * TiB - 512, 4 * MiB, 5 * MiB + 512):
+        for ranges in (edge_ranges(size), edge_ranges(size, 8)):
+            assert tidy(ranges, size)
+            assert ranges[0][0] == 0
+            for start, end in (
+                (0, MiB + 512),
+                (VMFS, VMFS + 512),
+                (size - PROMISE, size),
+            ):
+                assert holds(ranges, start, end)
     for disks in range(1, 100):
-        ranges = edge_ranges(64 * GiB - 512, disks)
-        assert sum(end - start for start, end in ranges) * disks <= max(
-            ALL_BYTES, disks * 3 * CLUSTER
-        )
-        assert ranges[0][1] >= 34 * 512
-        assert ranges[1][0] <= 64 * GiB - 512 - GPT_BACKUP
+        size = 64 * GiB - 512
+        ranges = edge_ranges(size, disks)
+        assert tidy(ranges, size)
+        total = sum(end - start for start, end in ranges)
+        assert total * disks <= max(ALL_BYTES, disks * 3 * CLUSTER)
+        assert total <= DISK_BYTES
+        assert holds(ranges, 0, 34 * 512)
+        assert holds(ranges, size - GPT_BACKUP, size)
 
 
-@pytest.mark.parametrize("size", [512, CLUSTER, HEAD, HEAD + 512, HEAD + TAIL])
+@pytest.mark.parametrize("size", [512, CLUSTER, HEAD, 2 * MiB, 2 * MiB + 512])
 def test_a_disk_that_is_all_edge_has_one_range(size: int) -> None:
     assert edge_ranges(size) == [(0, size)]
+
+
+def gpt(sector: int, *parts: tuple[int, int], count: int = 128) -> bytes:
+    """The beginning of a disk; parts in bytes."""
+    mbr = bytes(446) + struct.pack("<B3sB3sII", 0, b"", 0xEE, b"", 1, 2**32 - 1)
+    head = b"EFI PART" + bytes(64) + struct.pack("<QII", 2, count, 128)
+    table = b"".join(
+        struct.pack(
+            "<16s16sQQ", b"\1" * 16, b"\2" * 16, low // sector, high // sector - 1
+        ).ljust(128, b"\0")
+        for low, high in parts
+    )
+    start = (mbr.ljust(510, b"\0") + b"\x55\xaa").ljust(sector, b"\0")
+    return ((start + head).ljust(2 * sector, b"\0") + table).ljust(CLUSTER, b"\0")
+
+
+def mbr(*parts: tuple[int, int]) -> bytes:
+    entries = b"".join(
+        struct.pack("<B3sB3sII", 0, b"", 0x83, b"", low // 512, (high - low) // 512)
+        for low, high in parts
+    )
+    return ((bytes(446) + entries).ljust(510, b"\0") + b"\x55\xaa").ljust(
+        CLUSTER, b"\0"
+    )
+
+
+PARTS = ((MiB, 512 * MiB), (512 * MiB, 7 * GiB + 4096), (7 * GiB + 4096, 8 * GiB - MiB))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [gpt(512, *PARTS), gpt(4096, *PARTS), mbr(*PARTS)],
+    ids=["512", "4096", "mbr"],
+)
+def test_ends_of_partitions_are_among_the_ranges(first: bytes) -> None:
+    assert partitions(first, 8 * GiB) == list(PARTS)
+    ranges = edge_ranges(8 * GiB, 1, first)
+    assert tidy(ranges, 8 * GiB)
+    for low, high in PARTS:
+        assert holds(ranges, low, low + PART)
+        assert holds(ranges, high - PART, high)
+        assert holds(ranges, low + MiB, low + MiB + 512)
+        assert holds(ranges, low + 2 * MiB, low + 2 * MiB + 512)
+    # Where there is no room, the ends of the disk remain.
+    assert edge_ranges(8 * GiB, 8, first) == edge_ranges(8 * GiB, 8)
+
+
+def test_a_table_of_partitions_is_never_believed_beyond_its_bounds() -> None:
+    wild = (MiB, 9 * GiB), (0, MiB), (2 * MiB, 2 * MiB)
+    assert partitions(gpt(512, *wild), 8 * GiB) == []
+    assert partitions(b"", GiB) == []
+    assert partitions(bytes(CLUSTER), GiB) == []
+    assert partitions(gpt(512, *PARTS)[:600], 8 * GiB) == []
+    full = gpt(512, *((n * MiB, (n + 1) * MiB) for n in range(1, 127)), count=2**31)
+    found = partitions(full, 8 * GiB)
+    assert len(found) == 126
+    ranges = edge_ranges(8 * GiB, 1, full)
+    assert sum(high - low for low, high in ranges) <= DISK_BYTES
+    assert tidy(ranges, 8 * GiB)
 
 
 def test_what_is_held_is_not_read() -> None:
