@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pveplug.bconsole import Console
-from pveplug.images.edges import HEAD, TAIL
+from pveplug.images.edges import FAR, TAIL
 from pveplug.ir.control import ask
 from pveplug.ir.record import Recovery
 from pveplug.ir.submit import make_plan, submit
@@ -66,7 +66,7 @@ async def test_both_ends_of_all_disks_are_served_while_the_rest_is_owed() -> Non
                 vm,
                 key,
                 (1, 0, CLUSTER),
-                (2, HEAD - CLUSTER, CLUSTER),
+                (2, FAR, CLUSTER),
                 (3, middle(key) - 2 * MiB, 4 * MiB),
                 (4, size - TAIL, CLUSTER),
                 (5, size - 34 * 512, 34 * 512),
@@ -103,8 +103,8 @@ async def test_both_ends_of_all_disks_are_served_while_the_rest_is_owed() -> Non
             last = 6 if key == "scsi1" else 4
             patterns = [
                 f"read -P 1 0 {CLUSTER}",
-                f"read -P 0 {CLUSTER} {HEAD - 2 * CLUSTER}",
-                f"read -P 2 {HEAD - CLUSTER} {CLUSTER}",
+                f"read -P 0 {CLUSTER} {FAR - CLUSTER}",
+                f"read -P 2 {FAR} {CLUSTER}",
                 f"read -P {last} {size - TAIL} 4096",
                 f"read -P 4 {size - TAIL + 4096} {CLUSTER - 4096}",
                 f"read -P 0 {size - TAIL + CLUSTER} {TAIL - CLUSTER - 34 * 512}",

@@ -220,13 +220,14 @@ class Demo:
         return recovered
 
     async def _write(self, recovered: Guest) -> None:
-        """Write while the stream stands still; then a part of a cluster that is owed.
+        """Write while the stream stands still, then to what is owed.
 
-        The latter ends when the rest of that cluster has come.
+        The guest writes 4 KiB at a time: the first of a cluster waits for its rest.
         """
         await recovered.mark("written while the disks were coming")
         last = DATA_MIB * MIB // BLOCK
-        places = [(2000, 64, "early"), (last - 70, 64, "end")]
+        # What the second job brought, and what the job of the disks' ends did.
+        places = [(4000, 64, "early"), (last - 70, 64, "end")]
         for at, count, seed in places:
             await recovered.write("scsi1", at, count, seed)
         state = await self._status()
