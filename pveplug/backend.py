@@ -207,6 +207,9 @@ async def _job(session: BaculaSession, node: Node) -> None:
     if backup.replication is not None:
         await _replication(session, node, backup)
         return
+    if backup.proof is not None:
+        await _proof(session, node, backup)
+        return
     api = await open_api(backup.connection)
     async with api:
         await session.accept_params()
@@ -257,6 +260,29 @@ async def _replication(
             BaculaReports(session),
         )
         await _while_wanted(session, engine.run())
+    await _close(session)
+
+
+async def _proof(session: BaculaSession, node: Node, config: BackupConfig) -> None:
+    """Lead a job that proves backups; what it stores are reports."""
+    from pathlib import Path
+
+    from pveplug.bconsole import Console
+    from pveplug.proofjob import BaculaStore, ProofJob, vmids
+
+    order = config.proof
+    assert order is not None  # noqa: S101 - for the type checker
+    wanted = vmids(config)
+    await session.accept_params()
+    if session.job.type == "E":
+        session.info("mode=prove stores only reports: nothing to estimate")
+        await session.no_more_files()
+        await session.end()
+        return
+    await session.accept_start()
+    console = Console(node.bconsole, Path(order.console) if order.console else None)
+    job = ProofJob(wanted, order, console, BaculaStore(session), session)
+    await _while_wanted(session, job.run())
     await _close(session)
 
 

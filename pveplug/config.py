@@ -189,6 +189,23 @@ class Replication:
 
 
 @dataclass(frozen=True, slots=True)
+class ProofOrder:
+    """What a proof as a job of its own was told.
+
+    Attributes:
+        options: of the restore jobs it submits, as ``where=`` carries them.
+        console: file of bconsole's configuration; None: its default.
+        client: who restores; None: whose backup it is.
+        restore_job: Bacula's Job of Type = Restore; None: the only one.
+    """
+
+    options: Mapping[str, str]
+    console: str | None = None
+    client: str | None = None
+    restore_job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BackupConfig:
     connection: Connection
     selection: Selection
@@ -197,6 +214,8 @@ class BackupConfig:
     backup_type: str | None = None
     replication: Replication | None = None
     """What a mode of disaster recovery was told; None with ``mode=backup``."""
+    proof: ProofOrder | None = None
+    """With ``mode=prove``."""
 
     @property
     def needs_source(self) -> bool:
@@ -214,6 +233,7 @@ class Instant:
     target_storage: str | None = None
     auto_migrate: bool = True
     timeout: int = 3600
+    network: Literal["auto", "up", "down"] = "auto"
     nbd_bind: str | None = None
     nbd_port: int = 0
     bwlimit: int = 0
@@ -299,7 +319,8 @@ def parse_backup(
     Raises:
         ConfigError: which key, which value, why.
     """
-    values = _typed(plugin_words(plugin_string))
+    words = plugin_words(plugin_string)
+    values = _typed(words)
     warnings: list[str] = []
     connection = _connection(values, node or Node(), warnings)
     selection = Selection(
@@ -312,6 +333,7 @@ def parse_backup(
         _value(values, "mode"),
         _value(values, "backup_type"),
         _replication(values, warnings),
+        _proof_order(values, words),
     )
     if config.needs_source:
         connection.check()
@@ -405,6 +427,28 @@ def parse_restore(
     )
 
 
+_FOR_THE_RESTORE: Final = (
+    *("restore_storage", "storage_map", "restore_pool", "ir_overlay_storage"),
+    *("ir_timeout", "prove_evidence", "prove_serial", "prove_timeout"),
+    *("prove_memory", "prove_report"),
+)
+
+
+def _proof_order(
+    values: Mapping[str, Any], words: Mapping[str, str | None]
+) -> ProofOrder | None:
+    if _value(values, "mode") != "prove":
+        return None
+    options = {key: words[key] or "yes" for key in _FOR_THE_RESTORE if key in words}
+    _prove(values)  # what is wrong with them is said before a job is submitted
+    return ProofOrder(
+        options,
+        _value(values, "prove_console"),
+        _value(values, "prove_client"),
+        _value(values, "prove_restore_job"),
+    )
+
+
 def _restore_mode(
     values: Mapping[str, Any], target: str, asked: Iterable[str]
 ) -> str | None:
@@ -466,6 +510,7 @@ def _instant(values: Mapping[str, Any]) -> Instant:
         target_storage=_value(values, "ir_target_storage"),
         auto_migrate=_value(values, "ir_auto_migrate"),
         timeout=_value(values, "ir_timeout"),
+        network=_value(values, "ir_network"),
         nbd_bind=bind,
         nbd_port=_value(values, "ir_nbd_port"),
         bwlimit=_value(values, "bwlimit"),

@@ -43,6 +43,8 @@ class Node:
     """Where copy-before-write scratch images go unless fleecing_storage is set."""
     landing_dir: str = "/var/lib/podheitor-proxmox/landing"
     """Where the disks of instant recoveries land; needs room for their data."""
+    bconsole: str = "bconsole"
+    """Bacula's console, for proofs as jobs of their own."""
     systemctl: str = "/usr/bin/systemctl"
     keeper: str = "unit"
     """What serves the disks of an instant recovery: ``unit``, the systemd unit

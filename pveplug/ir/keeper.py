@@ -45,6 +45,7 @@ from pveplug.nbd.server import NbdServer, serve
 from pveplug.node import Node, load_node
 from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
+from pveplug.qmp import qmp_session
 from pveplug.units import human
 from pveplug.vmconfig import Drive, drives
 
@@ -59,6 +60,7 @@ ORPHAN_S: Final = 30.0
 """How long a recovery that nobody took over may be without the job that makes it."""
 LOOK_S: Final = 30.0
 """How often to ask whether the VM is still there; each `qm` costs a second."""
+RESUMES: Final = 20
 LINKS_S: Final = 60.0
 """How long QEMU may keep a connection to a disk that has moved away."""
 
@@ -283,8 +285,7 @@ class Keeper:
         self._paused = True
         self._trouble = text
         log.warning("ir-paused vm=%s owed=%s", record.vmid, owed)
-        if self._local.vm_running(record.vmid) is not None:
-            await self._quietly(self._local.suspend(record.vmid))
+        await self._quietly(self._monitor("stop"))
         await self._note(text)
 
     async def _go_on(self, why: str) -> None:
@@ -292,9 +293,33 @@ class Keeper:
         self._trouble = ""
         vmid = self._record.vmid
         log.info("ir-resumed vm=%s: %s", vmid, why)
-        if self._local.vm_running(vmid) is not None:
-            await self._quietly(self._local.resume(vmid))
+        await self._quietly(self._run_again())
         await self._note(running_note(vmid, self._record.head))
+
+    async def _monitor(self, command: str) -> str:
+        """Stop or continue the guest; return QEMU's word for its state.
+
+        Not by `qm`: a move holds the lock that it needs for as long as it lasts.
+        """
+        vmid = self._record.vmid
+        if self._local.vm_running(vmid) is None:
+            return "stopped"
+        async with qmp_session(self._node.qmp_socket(vmid)) as qmp:
+            await qmp.execute(command)
+            return str((await qmp.execute("query-status"))["status"])
+
+    async def _run_again(self) -> None:
+        """Continue the guest, again where QEMU has yet to find its server."""
+        for _ in range(RESUMES):
+            if await self._monitor("cont") in ("running", "stopped"):
+                await asyncio.sleep(TICK_S)
+                if await self._monitor("query-status") in ("running", "stopped"):
+                    return
+            await asyncio.sleep(TICK_S)
+        raise PveplugError(
+            f"VM {self._record.vmid} stays paused; look at it, then "
+            f"qm resume {self._record.vmid}"
+        )
 
     async def _note(self, text: str) -> None:
         config = await self._config()

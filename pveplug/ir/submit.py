@@ -15,6 +15,7 @@ disks' ends, at which every guest looks while it boots (:mod:`pveplug.images.edg
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -53,6 +54,7 @@ class RestoreConsole(Protocol):
     async def restore_jobs(self) -> list[str]: ...
     async def preview(self, order: RestoreOrder) -> None: ...
     async def restore(self, order: RestoreOrder) -> int: ...
+    async def cancel(self, job_id: int) -> None: ...
     async def wait(
         self,
         job_id: int,
@@ -191,6 +193,13 @@ def planned(
         ]
         steps.insert(0, step(f"{' and '.join(what)}, of the whole chain", *marks))
     return Plan(head, tuple(chain), tuple(parts), tuple(steps), _remarks(head, found))
+
+
+def whole(plan: Plan) -> RestoreOrder:
+    """Return one restore job of everything: what a proof is."""
+    order = plan.steps[-1].order
+    marks = tuple((part.directory, part.names) for part in reversed(plan.parts))
+    return dataclasses.replace(order, marks=marks)
 
 
 def first_marks(parts: Sequence[Part]) -> list[tuple[str, tuple[str, ...]]]:

@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -50,8 +51,8 @@ from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.restore_vm import Goal, VmTarget, Volume
 from pveplug.tasks import to_the_end
 from pveplug.units import human
-from pveplug.vmconfig import smbios_uuid
-from pveplug.vmrestore import DiskPlan
+from pveplug.vmconfig import properties, render_properties, smbios_uuid
+from pveplug.vmrestore import DiskPlan, RestorePlan
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,26 @@ class InstantTarget(VmTarget):
         self._check_room()
         await self._establish(job)
         self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    def _shaped(self, plan: RestorePlan) -> RestorePlan:
+        """Unplug the network cards where two VMs of one address could meet."""
+        wish = self._instant.network
+        if wish == "up" or (wish == "auto" and not self._original_exists):
+            return plan
+        params = {
+            key: _unplugged(value) if re.fullmatch(r"net\d+", key) else value
+            for key, value in plan.params.items()
+        }
+        if params == plan.params:
+            return plan
+        why = "ir_network=down" if wish == "down" else "the original VM still exists"
+        warning = (
+            f"its network cards are unplugged (link_down=1), for {why}; plug them in "
+            "in Proxmox VE, or give ir_network=up"
+        )
+        return dataclasses.replace(
+            plan, params=params, warnings=(*plan.warnings, warning)
+        )
 
     async def _resume(self) -> bool:
         """Go on with a recovery of the same backup that isn't complete."""
@@ -527,7 +548,7 @@ class InstantTarget(VmTarget):
                 job
                 for key in owed
                 for job in (chain.members(key) if chain else ())
-                if job not in self._written_jobs(key)
+                if self._owes(job, key)
             }
         )
         listed = ", ".join(f"{key} {human(size)}" for key, size in sorted(owed.items()))
@@ -538,9 +559,17 @@ class InstantTarget(VmTarget):
             "(pveplug ir start does)"
         )
 
-    def _written_jobs(self, key: str) -> list[str]:
-        volume = self._goal.volumes.get(key)
-        return volume.writer.written.jobs if volume and volume.writer else []
+    def _owes(self, job: str, key: str) -> bool:
+        """Whether something that only this job has is still to come."""
+        chain = self._goal.chain
+        if chain is None or not chain.mapped(key):
+            return True
+        landing = self._landings[key]
+        return any(
+            mark is Mark.OWED
+            for run in chain.owned(job, key).data_runs()
+            for *_, mark in landing.kinds(run.offset, run.length)
+        )
 
     async def _see_it_move(self) -> None:
         """Wait for the keeper's migration and tell how it goes."""
@@ -600,6 +629,11 @@ class InstantTarget(VmTarget):
             self._recovery.remove()
         await self._feeding.aclose()
         await self._made.undo()
+
+
+def _unplugged(value: str) -> str:
+    parts = properties(value, "model")
+    return render_properties({**parts, "link_down": "1"}, "model")
 
 
 def _plan_of(disk: LandedDisk) -> DiskPlan:
