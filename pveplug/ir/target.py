@@ -36,6 +36,7 @@ from pveplug.errors import (
     TruncatedError,
 )
 from pveplug.events import Reporter
+from pveplug.images.edges import Edges
 from pveplug.ir import overlay, pausing
 from pveplug.ir.control import State, ask, retire, start_keeper
 from pveplug.ir.firmware import copy_landed
@@ -389,6 +390,46 @@ class InstantTarget(VmTarget):
         sink = self._sinks[key] = LandingSink(self._landings[key], final=final)
         await writer.begin(sink, self._landings[key].size)
         return writer
+
+    async def take_edges(self, job: str, edges: Edges) -> None:
+        """Land the copies of which a job has the last word, ahead of its images.
+
+        With them all that reads as zeroes in the end: no job brings that.
+
+        Raises:
+            IntegrityError: they are not of this job's disks, or not what was stored.
+            JobError: the landing store refused a write.
+        """
+        chain = self._goal.chain
+        if chain is None:
+            return
+        for key, volume in self._goal.volumes.items():
+            if not chain.mapped(key):
+                continue
+            entry = chain.disk(job, key)
+            copies = edges.disks.get(entry.key) if entry else None
+            if entry and copies and copies.size != entry.size:
+                raise IntegrityError(
+                    f"job {job}: edges are of a disk {entry.key} of {copies.size} "
+                    f"bytes, its manifest says {entry.size}"
+                )
+            # A writer of its own, for the one of the images keeps its buffers.
+            writer = volume.writer or DiskWriter(
+                key, chain=chain, zeroed=False, limit=self._limit
+            )
+            try:
+                if writer is not volume.writer:
+                    landing = self._landings[key]
+                    await writer.begin(LandingSink(landing), landing.size)
+                if copies is not None:
+                    await writer.copy(job, copies)
+                if writer is not volume.writer:
+                    await writer.finish()
+            except LandingError as error:
+                raise self.write_failed(key, error) from error
+            finally:
+                if writer is not volume.writer:
+                    await writer.give_up()
 
     def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for what the landing store refused."""
