@@ -53,8 +53,9 @@ from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.restore_vm import Goal, VmTarget, Volume
 from pveplug.tasks import to_the_end
 from pveplug.units import human
+from pveplug.values import Mapped
 from pveplug.vmconfig import drives, properties, render_properties, smbios_uuid
-from pveplug.vmrestore import DiskPlan, RestorePlan
+from pveplug.vmrestore import DiskPlan, RestorePlan, Wishes
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,15 @@ class InstantTarget(VmTarget):
         self._check_room()
         await self._establish(job)
         self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    def _wishes(self) -> Wishes:
+        """As in a restore; ``ir_target_storage`` is where all disks end."""
+        wishes = super()._wishes()
+        if self._instant.target_storage is None:
+            return wishes
+        return dataclasses.replace(
+            wishes, storage=self._instant.target_storage, storage_map=Mapped()
+        )
 
     def _shaped(self, plan: RestorePlan) -> RestorePlan:
         """Unplug the network cards where two VMs of one address could meet."""
