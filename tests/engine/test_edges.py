@@ -44,6 +44,7 @@ class LandingTarget(InstantTarget):
             {k: Volume(p) for k, p in plans.items()},  # type: ignore[arg-type]
         )
         self._limit = RateLimit(0)
+        self._starter = None
         self._landings = {
             key: Landing.create(base / "l", base / "r", key, chain.final_size(key))
             for key in chain.keys
