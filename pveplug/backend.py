@@ -193,9 +193,11 @@ async def _job(session: BaculaSession, node: Node) -> None:
 
     if session.job.type == "R":
         from pveplug.restore import Restore
+        from pveplug.restore_foreign import RestoreForeign, is_sisters
 
         await session.accept_params()
-        await Restore(session, node).run()
+        foreign = is_sisters(session.plugin)
+        await (RestoreForeign if foreign else Restore)(session, node).run()
         return
     backup, warnings = config.parse_backup(session.plugin, node=node)
     for text in warnings:

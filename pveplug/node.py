@@ -54,6 +54,9 @@ class Node:
     pve_port: int = 8006
     pve_node: str = ""
     """This node's name in the cluster; empty: the host name."""
+    import_options: str = ""
+    """Parameters of imports, as in a plug-in string: a job of another plug-in doesn't
+    say how this node's API is reached, nor where disks shall go."""
     log_file: str = ""
     """Where the backend logs; empty: the systemd journal's socket or nowhere."""
 

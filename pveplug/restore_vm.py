@@ -226,7 +226,7 @@ class VmTarget:
         self, resources: Mapping[int, Resource], replaced: int | None
     ) -> Target:
         storages = {
-            s.name: TargetStorage(s.name, _formats(s))
+            s.name: TargetStorage(s.name, formats_of(s))
             for s in self._storages.values()
             if s.holds_images and s.active and s.enabled
         }
@@ -369,18 +369,7 @@ class VmTarget:
     def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for a write that the target storage refused."""
         storage = self._goal.volumes[key].plan.storage
-        full = isinstance(error, NbdError) and error.errno == ENOSPC
-        return JobError(
-            f"No space left on storage {storage}: {error}."
-            if full
-            else f"storage {storage} refused a write: {error}.",
-            vm=str(self.vmid),
-            disk=key,
-            phase="write",
-            remedy="free space there or name another restore_storage."
-            if full
-            else "see the node's kernel log, or name another restore_storage.",
-        )
+        return write_refused(self.vmid, key, storage, error)
 
     # --- the end ---------------------------------------------------------------------
 
@@ -498,7 +487,7 @@ class VmTarget:
         await self._made.undo()
 
 
-def _formats(storage: Storage) -> tuple[str, ...]:
+def formats_of(storage: Storage) -> tuple[str, ...]:
     """Return a storage's formats, its default first."""
     default = storage.default_format
     found = [
@@ -506,3 +495,19 @@ def _formats(storage: Storage) -> tuple[str, ...]:
     ]
     first = [default] if default in ("raw", "qcow2", "vmdk") else []
     return tuple(first + found) or ("raw",)
+
+
+def write_refused(vmid: int, disk: str, storage: str, error: RequestError) -> JobError:
+    """Return the error for a write that a storage refused."""
+    full = isinstance(error, NbdError) and error.errno == ENOSPC
+    return JobError(
+        f"No space left on storage {storage}: {error}."
+        if full
+        else f"storage {storage} refused a write: {error}.",
+        vm=str(vmid),
+        disk=disk,
+        phase="write",
+        remedy="free space there or name another restore_storage."
+        if full
+        else "see the node's kernel log, or name another restore_storage.",
+    )

@@ -47,11 +47,12 @@ LAYERS: Final = {
     },
     "chapters": {
         *("source", "access", "restore_vm", "ir.target", "ir.prove_target"),
+        *("import_disk", "import_vm", "import_files"),
         *("dr.cycle", "dr.failback", "dr.failover", "dr.services"),
     },
     "engines": {
-        *("backup", "restore", "estimate", "verify", "dr.receiver", "dr.sender"),
-        "proofjob",
+        *("backup", "restore", "restore_foreign", "import_local", "estimate", "verify"),
+        *("dr.receiver", "dr.sender", "proofjob"),
     },
     "top": {
         "",
@@ -59,6 +60,7 @@ LAYERS: Final = {
         "cli",
         "command_bitmaps",
         "command_dr",
+        "command_import",
         "command_ir",
         "command_ir_node",
         "command_receiver",
