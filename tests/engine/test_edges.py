@@ -49,6 +49,7 @@ class LandingTarget(InstantTarget):
             for key in chain.keys
         }
         self._node = SimpleNamespace(landing_dir=str(base))  # type: ignore[assignment]
+        self._starter = None
         self.begun: list[str] = []
 
     @property
