@@ -50,6 +50,7 @@ class LandingTarget(InstantTarget):
         }
         self._node = SimpleNamespace(landing_dir=str(base))  # type: ignore[assignment]
         self._starter = None
+        self._blank = set()
         self.begun: list[str] = []
 
     @property
