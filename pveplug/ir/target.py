@@ -87,6 +87,8 @@ class InstantTarget(VmTarget):
         self._instant = instant
         self._landings: dict[str, Landing] = {}
         self._sinks: dict[str, LandingSink] = {}
+        self._blank: set[str] = set()
+        """Disks of which all that reads as zeroes is marked."""
         self._feeding = contextlib.AsyncExitStack()
         self._recovery: Recovery | None = None
         self._record: Record | None = None
@@ -423,9 +425,12 @@ class InstantTarget(VmTarget):
                     f"job {job}: edges are of a disk {entry.key} of {copies.size} "
                     f"bytes, its manifest says {entry.size}"
                 )
+            known = key in self._blank
+            if known and (copies is None or not copies.runs):
+                continue
             # A writer of its own, for the one of the images keeps its buffers.
             writer = volume.writer or DiskWriter(
-                key, chain=chain, zeroed=False, limit=self._limit
+                key, chain=chain, zeroed=known, limit=self._limit
             )
             try:
                 if writer is not volume.writer:
@@ -440,6 +445,7 @@ class InstantTarget(VmTarget):
             finally:
                 if writer is not volume.writer:
                     await writer.give_up()
+            self._blank.add(key)
 
     def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for what the landing store refused."""

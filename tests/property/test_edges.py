@@ -132,9 +132,9 @@ async def landed(chain: Chain, edges, images, noise: random.Random) -> bytes:
         landing = Landing.create(base / "l", base / "r", "scsi0", size)
         try:
             order = [job for job in edges if chain.needs(job, "scsi0")]
-            for job in noise.sample(order, len(order)):
+            for number, job in enumerate(noise.sample(order, len(order))):
                 writer = DiskWriter(
-                    "scsi0", chain=chain, zeroed=False, limit=RateLimit(0)
+                    "scsi0", chain=chain, zeroed=number > 0, limit=RateLimit(0)
                 )
                 await writer.begin(LandingSink(landing), size)
                 await writer.copy(job, edges[job])
