@@ -349,6 +349,7 @@ class IrCuts:
             return "undone and begun anew"
         if course.written is None:
             vm = self.world.site.vm(VMID)
+            owed = self._owed()
             await self._start(course)
             await until(lambda: vm.running, "the start of the VM", 60, 0.05)
             await vm.wait_started()

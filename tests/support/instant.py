@@ -31,6 +31,8 @@ KIB = 1 << 10
 MIB = 1 << 20
 CLUSTER = 64 * KIB
 SECTOR = 512
+PATIENCE_S = 60.0
+"""QEMU does nothing else while it switches a disk, on a machine that is busy."""
 
 
 STANDS_STILL = b"\xfa\xf4\xeb\xfd".ljust(510, b"\0") + b"\x55\xaa"
@@ -129,8 +131,13 @@ class Written:
 
     async def write(self, key: str, offset: int, length: int) -> None:
         """Write whole clusters."""
+        request = _Request(
+            key, offset, length, f"wrote {length}/{length} bytes at offset {offset}"
+        )
+        if self._said_of(request):
+            return
         pattern = self._rng.randrange(1, 256)
-        await self.vm.qemu_io(key, f"write -P {pattern} {offset} {length}")
+        await self._send(request, f"write -P {pattern} {offset} {length}")
         self._note(key, offset, length, pattern)
 
     async def write_later(self, key: str, offset: int, length: int) -> None:
@@ -196,7 +203,11 @@ class Written:
 
     async def _send(self, request: _Request, command: str) -> None:
         self._waiting.append(request)
-        said = await self.vm.machine.hmp(f'qemu-io -d {request.key} "{command}"')
+        said = await self.vm.machine.qmp(
+            "human-monitor-command",
+            timeout_s=PATIENCE_S,
+            command_line=f'qemu-io -d {request.key} "{command}"',
+        )
         assert not said.strip(), said
 
     def _look(self) -> None:
@@ -299,7 +310,9 @@ def traces(world: World, vmid: int) -> list[str]:
 
 async def nbd_nodes(vm: LabVm) -> list[str]:
     """Nodes of a VM's QEMU that read from somebody's server."""
-    nodes = await vm.qmp("query-named-block-nodes", flat=True)
+    nodes = await vm.machine.qmp(
+        "query-named-block-nodes", timeout_s=PATIENCE_S, flat=True
+    )
     return [node["node-name"] for node in nodes if node["drv"] == "nbd"]
 
 
