@@ -274,7 +274,7 @@ async def _proof(session: BaculaSession, node: Node, config: BackupConfig) -> No
 
     order = config.proof
     assert order is not None  # noqa: S101 - for the type checker
-    vmids(config)
+    wanted = vmids(config)
     await session.accept_params()
     if session.job.type == "E":
         session.info("mode=prove stores only reports: nothing to estimate")
@@ -283,9 +283,7 @@ async def _proof(session: BaculaSession, node: Node, config: BackupConfig) -> No
         return
     await session.accept_start()
     console = Console(node.bconsole, Path(order.console) if order.console else None)
-    job = ProofJob(
-        config, order, session.job.name, console, BaculaStore(session), session
-    )
+    job = ProofJob(wanted, order, console, BaculaStore(session), session)
     await _while_wanted(session, job.run())
     await _close(session)
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proof as a Bacula job of its own: ``Plugin = "podheitor-proxmox: mode=prove …"``.
+"""Proofs that are ordered: by a Bacula job of their own, or by ``pveplug ir prove``.
 
-It stores no VM. Through Bacula's console it submits a restore job with ``mode=prove``
-for the newest good backup of each VM it names, follows it, and stores the reports; it
-fails when one backup isn't proven. So the test that a backup can be restored is
-scheduled, logged and mailed as every other job is.
+Through Bacula's console a restore job with ``mode=prove`` is submitted for the newest
+good backup of each VM and followed; the order fails when one backup isn't proven. As a
+job (``Plugin = "podheitor-proxmox: mode=prove …"``) it stores the reports, so the test
+that a backup can be restored is scheduled, logged and mailed as every other job is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,17 +21,21 @@ from pveplug.errors import ConfigError, JobError, PveplugError
 from pveplug.events import Reporter
 from pveplug.ir.submit import Plan, RestoreConsole, make_plan, whole
 from pveplug.pluginstring import where_string
+from pveplug.tasks import first_failure
 
 PREFIX: Final = "/@proxmox-proofs"
 _REPORT: Final = re.compile(r": report (/\S+)\.json$")
 _TELLING: Final = re.compile(r": ((?:prove VM|evidence|last screen|note:|report) .*)")
+_READS: Final = re.compile(r"Ready to read from volume|restoring to a VM")
+PATIENCE_S: Final = 180.0
 _MAX_FILE: Final = 8 * 1024 * 1024
 
 
 class Store(Protocol):
     """Where reports go."""
 
-    async def file(self, name: str, content: bytes) -> None: ...
+    async def file(self, name: str, content: bytes) -> None:
+        """Keep a file; ``name`` begins with :data:`PREFIX`."""
 
 
 class BaculaStore:
@@ -50,20 +55,21 @@ class ProofJob:
 
     def __init__(
         self,
-        config: BackupConfig,
+        vmids: Sequence[int],
         order: ProofOrder,
-        job: str,
         console: RestoreConsole,
-        store: Store,
+        store: Store | None,
         say: Reporter,
+        *,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        """``job`` is the unique name of the Bacula job that runs."""
-        self._config = config
+        """``patience_s``: how long a restore job may wait for its volume."""
+        self._vmids = vmids
         self._order = order
-        self._job = job
         self._console = console
         self._store = store
         self._say = say
+        self._patience_s = patience_s
 
     async def run(self) -> None:
         """Prove one VM after the other, all of them whatever comes of one.
@@ -72,7 +78,7 @@ class ProofJob:
             JobError: a backup isn't proven, or could not be tried; all are named.
         """
         failed: dict[int, str] = {}
-        for vmid in vmids(self._config):
+        for vmid in self._vmids:
             try:
                 why = await self._prove(vmid)
             except PveplugError as error:
@@ -108,8 +114,11 @@ class ProofJob:
         )
         reports: list[str] = []
         errors: list[str] = []
+        reads = asyncio.Event()
 
         def heard(line: str) -> None:
+            if _READS.search(line):
+                reads.set()
             if found := _TELLING.search(line):
                 self._say.info(f"VM {vmid}: {found[1]}")
             if found := _REPORT.search(line):
@@ -117,20 +126,46 @@ class ProofJob:
             if "Fatal error: " in line:
                 errors.append(" ".join(line.partition("Fatal error: ")[2].split()))
 
-        ended = await self._console.wait(job_id, lambda _: None, heard)
+        async with first_failure() as tasks:
+            watch = tasks.create_task(self._patiently(job_id, reads), name="patience")
+            ended = await self._console.wait(job_id, lambda _: None, heard)
+            watch.cancel()
         for base in reports:
             await self._keep(plan, base)
         if ended.good:
             return ""
         return errors[0] if errors else f"restore job {job_id} {ended.state}"
 
+    async def _patiently(self, job_id: int, reads: asyncio.Event) -> None:
+        """Cancel a restore that waits for what we hold ourselves.
+
+        Raises:
+            JobError: it did not begin to read.
+        """
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await reads.wait()
+        except TimeoutError:
+            await self._console.cancel(job_id)
+            raise JobError(
+                f"restore job {job_id} did not begin to read within "
+                f"{self._patience_s:.0f} s and was cancelled.",
+                phase="prove",
+                remedy="a proof that is a job writes its report to a volume: where "
+                "that is the volume, or the only drive, of the backups, each waits "
+                "for the other. Give the job a Storage and Pool of its own, or order "
+                "proofs by an Admin job (docs/prove.md).",
+            ) from None
+
     async def _keep(self, plan: Plan, base: str) -> None:
         """Store a report's files, if they were written on this node."""
+        if self._store is None:
+            return
         for suffix in (".json", ".txt", ".png"):
             content = await asyncio.to_thread(_content, Path(base + suffix))
             if content is not None:
-                where = f"{PREFIX}/{plan.head.part.vm}/{self._job}"
-                await self._store.file(f"{where}/report{suffix}", content)
+                vm, job = plan.head.part.vm, plan.head.job.unique
+                await self._store.file(f"{PREFIX}/{vm}/{job}/report{suffix}", content)
 
 
 def vmids(config: BackupConfig) -> list[int]:

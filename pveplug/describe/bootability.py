@@ -167,7 +167,7 @@ class _Inspection:
             gpt = yield from self.gpt()
             if gpt is not None:
                 table, (sector, partitions) = "gpt", gpt
-            elif first[510:512] == b"\x55\xaa":
+            elif first[510:512] == b"\x55\xaa" and not self.is_fat(first):
                 partitions = self.mbr(first)
                 table = "mbr" if partitions else "none"
             code, loader = yield from self.boot_code(first, table, partitions)

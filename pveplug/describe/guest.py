@@ -131,6 +131,7 @@ class GuestDescription:
         os_id: the guest's system in the words of the source: ``windows2019srv-64``.
         uuid: SMBIOS UUID as QEMU writes it, in lower case.
         machine: hints about the old machine: ``vmx-19``, ``hyper-v generation 2``.
+        agent: whether QEMU's guest agent is installed; None where nothing is said.
         localtime: whether its clock runs in local time; None where nothing is said.
         text: the operator's notes on the VM.
         dropped: ``(what, why)`` of what has no place here.
@@ -158,6 +159,7 @@ class GuestDescription:
     text: str = ""
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    agent: bool | None = None
 
     def disk(self, key: str) -> GuestDisk:
         """Return the disk of a key.
@@ -194,6 +196,17 @@ def one_line(text: str, limit: int = MAX_NAME) -> str:
     """Return text fit for a line: no control characters, of bounded length."""
     plain = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
     return " ".join(plain.split())[:limit]
+
+
+def plain(text: str, limit: int = MAX_NAME) -> str:
+    """Return text without control characters, each shown as one that can't be."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit])
+
+
+def lines(text: str, limit: int = MAX_TEXT) -> str:
+    """Return an operator's text: lines and tabs are kept, else as :func:`plain`."""
+    text = text[:limit].replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def bounded(notes: Iterable[str]) -> tuple[str, ...]:

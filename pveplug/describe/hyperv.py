@@ -26,9 +26,7 @@ from pveplug.describe.guest import (
     MAX_CPUS,
     MAX_DISKS,
     MAX_MEMORY_MIB,
-    MAX_NAME,
     MAX_NICS,
-    MAX_TEXT,
     Bus,
     Family,
     Firmware,
@@ -37,8 +35,10 @@ from pveplug.describe.guest import (
     GuestDisk,
     GuestNic,
     bounded,
+    lines,
     mac_address,
     one_line,
+    plain,
     reported,
 )
 from pveplug.describe.safexml import MAX_DEPTH, Element
@@ -175,7 +175,7 @@ class _Configuration:
 
     def remarks(self) -> str:
         element = self.root.path("properties", "notes") or self.root.child("notes")
-        return element.text[:MAX_TEXT] if element is not None else ""
+        return lines(element.text) if element is not None else ""
 
     def controllers(self, device: Element, bus: Bus, first: int) -> int:
         count = 0
@@ -191,7 +191,7 @@ class _Configuration:
         return count
 
     def drive(self, drive: Element, bus: Bus, controller: int, unit: int) -> None:
-        kind, path = drive.said("type").upper(), drive.said("pathname")[:MAX_NAME]
+        kind, path = drive.said("type").upper(), plain(drive.said("pathname"))
         if kind in ("", "NONE") and not path:
             return
         what = f"{bus.value}{controller}:{unit}"
@@ -204,7 +204,7 @@ class _Configuration:
         ):
             self.cdroms.append(GuestCdrom(bus, controller, unit, path or None))
         elif kind in ("VHD", "VIRTUALDISK", "") or re.search(r"\.a?vhdx?$", path, re.I):
-            self.disks.append(GuestDisk(0, bus, controller, unit, file=path))
+            self.disks.append(GuestDisk(0, bus, controller, unit, file=path or None))
         else:
             self.dropped.append((what, f"{one_line(kind, 40)}, not an image: {path}"))
 
@@ -368,7 +368,7 @@ class _PowerShell:
             nics=tuple(self.nics()),
             uuid=_guid(_text(vm.get("biosguid"))),
             machine=(f"hyper-v generation {generation}",),
-            text=_text(vm.get("notes"))[:MAX_TEXT],
+            text=lines(_text(vm.get("notes"))),
             family=Family.UNKNOWN,
             dropped=reported(self.dropped),
             notes=bounded(self.notes),
@@ -397,7 +397,7 @@ class _PowerShell:
             *((d, disks) for d in _list(self.vm.get("harddrives"))),
             *((d, cdroms) for d in _list(self.vm.get("dvddrives"))),
         ):
-            path = _text(drive.get("path"))[:MAX_NAME]
+            path = plain(_text(drive.get("path")))
             kind = _text(drive.get("controllertype")).lower()
             bus = Bus.IDE if kind in ("ide", "0") else Bus.SCSI
             controller = self.number(drive, "controllernumber", 63) or 0

@@ -31,9 +31,7 @@ from pveplug.describe.guest import (
     MAX_CPUS,
     MAX_DISKS,
     MAX_MEMORY_MIB,
-    MAX_NAME,
     MAX_NICS,
-    MAX_TEXT,
     Bus,
     Firmware,
     GuestCdrom,
@@ -41,8 +39,10 @@ from pveplug.describe.guest import (
     GuestDisk,
     GuestNic,
     bounded,
+    lines,
     mac_address,
     one_line,
+    plain,
     reported,
 )
 from pveplug.describe.safexml import Element
@@ -268,7 +268,7 @@ class _Ovf:
         for section in self.root.children:
             if _kind(section) == "References":
                 for file in section.all("File"):
-                    files[file.get("id")] = file.get("href")[:MAX_NAME]
+                    files[file.get("id")] = plain(file.get("href"))
         for section in self.root.children:
             if _kind(section) != "DiskSection":
                 continue
@@ -283,14 +283,14 @@ class _Ovf:
                     capacity = amount * units or None
                     if capacity and capacity > MAX_CAPACITY:
                         raise self.wrong(f"a disk of {capacity} bytes", disk)
-                name = files.get(disk.get("fileRef"))
+                name = files.get(disk.get("fileRef")) or None
                 found[disk.get("diskId")] = _Image(name, capacity)
                 if parent := disk.get("parentRef"):
                     self.notes.append(
                         f"disk {disk.get('diskId')} builds on disk {parent}"
                     )
         for key, href in files.items():
-            found.setdefault(f"\0{key}", _Image(href, None))
+            found.setdefault(f"\0{key}", _Image(href or None, None))
         return found
 
     def processors(self, items: list[Element]) -> tuple[int | None, int | None]:
@@ -502,11 +502,13 @@ class _Ovf:
         return names[0] if names else ""
 
     def annotation(self, vm: Element) -> str:
-        return "\n".join(
-            section.said("Annotation")
-            for section in vm.children
-            if _kind(section) == "AnnotationSection"
-        )[:MAX_TEXT]
+        return lines(
+            "\n".join(
+                section.said("Annotation")
+                for section in vm.children
+                if _kind(section) == "AnnotationSection"
+            )
+        )
 
     def others(self, items: list[Element]) -> None:
         for item in items:

@@ -15,8 +15,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pveplug.describe.bootability import Bootability
+from pveplug.describe.choices import (
+    Remarks,
+    choose_bus,
+    choose_firmware,
+    choose_system,
+)
 from pveplug.describe.guest import (
-    Bus,
     Family,
     Firmware,
     GuestDescription,
@@ -26,7 +31,7 @@ from pveplug.describe.guest import (
     one_line,
 )
 from pveplug.describe.steps import next_steps
-from pveplug.describe.systems import Storage, System, system_of
+from pveplug.describe.systems import Storage, System
 from pveplug.errors import ConfigError
 from pveplug.units import SECTOR
 from pveplug.vmconfig import render_properties
@@ -127,7 +132,8 @@ def match_disks(
     """Find each disk's image among names of files.
 
     By file name without folders and case; then without VMware's ``-flat``, ``-delta``
-    and ``-000001``; then, if there is just one disk and one image, those.
+    and ``-000001``; then by the disk's place in a name (``scsi0-1/…``); then, if there
+    is just one disk and one image, those.
 
     Returns: key -> name for the disks found, and the names that are left.
     """
@@ -141,6 +147,12 @@ def match_disks(
             if len(fits) == 1:
                 found[disk.key] = fits[0]
                 left.remove(fits[0])
+    for disk in description.disks:
+        place = re.compile(rf"(?<![a-z]){disk.key.replace(':', '[-_:.]')}(?![0-9])")
+        fits = [name for name in left if place.search(name.lower())]
+        if disk.key not in found and len(fits) == 1:
+            found[disk.key] = fits[0]
+            left.remove(fits[0])
     if not found and len(left) == len(description.disks) == 1:
         found[description.disks[0].key] = left.pop()
     return found, tuple(left)
@@ -166,19 +178,18 @@ class _Plan:
     fresh_uuid: str
     params: dict[str, str] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
 
     def run(self) -> PvePlan:
         vm = self.vm
         self.dropped += vm.dropped
-        self.notes += vm.notes
+        self.remarks.notes += vm.notes
         disks = self.there()
         boot = self.boot_disk(disks)
         found = self.facts[boot.key].boot if boot else None
-        firmware, why = self.firmware(found)
-        system = self.system(found)
-        bus, scsihw = self.bus(system, boot)
+        firmware, why = choose_firmware(vm, found, self.remarks)
+        system = choose_system(vm, found, self.remarks)
+        bus, scsihw = choose_bus(vm, system, boot, firmware, self.remarks)
         places = self.places(disks, boot, bus)
         plans = tuple(self.disk(d, places[d.key], scsihw) for d in disks)
         self.processors()
@@ -194,7 +205,7 @@ class _Plan:
             late,
             plans,
             tuple(dict.fromkeys(self.dropped)),
-            tuple(dict.fromkeys(self.warnings)),
+            tuple(dict.fromkeys(self.remarks.warnings)),
         )
         return PvePlan(
             restore,
@@ -203,7 +214,7 @@ class _Plan:
             why,
             system,
             boot.key if boot else None,
-            tuple(dict.fromkeys(self.notes)),
+            tuple(dict.fromkeys(self.remarks.notes)),
             next_steps(vm, system, restore, firmware, found, bool(fresh)),
         )
 
@@ -237,7 +248,7 @@ class _Plan:
         for disk in disks:
             other = self.facts[disk.key].boot
             if other is not None and (other.bios or other.loaders):
-                self.warnings.append(
+                self.remarks.warnings.append(
                     f"disk {first.key} has nothing to start from, but {disk.key} has: "
                     "the VM starts from that"
                 )
@@ -254,12 +265,12 @@ class _Plan:
                 key="disks",
             )
         if facts.size and disk.capacity and facts.size != disk.capacity:
-            self.warnings.append(
+            self.remarks.warnings.append(
                 f"disk {disk.key} has {facts.size} bytes, where {self.vm.source} says "
                 f"{disk.capacity}: the image counts"
             )
         if facts.sector != SECTOR or (facts.boot and facts.boot.sector != SECTOR):
-            self.warnings.append(
+            self.remarks.warnings.append(
                 f"disk {disk.key} was made for sectors of 4096 bytes and PVE shows 512:"
                 " its partitions won't be found by the guest; copy its files instead"
             )
@@ -306,43 +317,6 @@ class _Plan:
             )
         return there
 
-    def bus(self, system: System, boot: GuestDisk | None) -> tuple[str, str]:
-        """Return the bus the boot disk is surely found on, and ``scsihw``.
-
-        A guest starts what it has started from before. Windows, too, switches drivers
-        off at boot that it didn't need (StartOverride), and dracut leaves them out.
-        """
-        single = "virtio-scsi-single"
-        if boot is not None and boot.bus is Bus.VIRTIO:
-            return "virtio", single
-        if system.storage is Storage.VIRTIO:
-            return "scsi", single
-        if boot is None:
-            return ("ide" if system.storage is Storage.IDE else "sata"), single
-        kept = system.storage is Storage.KEPT
-        if kept and boot.model == "pvscsi":
-            return "scsi", "pvscsi"
-        if boot.bus in (Bus.SATA, Bus.IDE):
-            return boot.bus.value, single
-        if system.storage is Storage.IDE:
-            return "ide", single
-        buses = {d.bus for d in self.vm.disks} | {c.bus for c in self.vm.cdroms}
-        if Bus.SATA in buses:
-            return "sata", single
-        # VMware's and Hyper-V's first generation have Intel's PIIX in every VM: Linux
-        # loads its driver even where nothing hangs on it.
-        piix = kept and any(
-            re.match(r"vmx-|hyper-v generation 1", hint) for hint in self.vm.machine
-        )
-        if piix or Bus.IDE in buses:
-            return "ide", single
-        if kept:
-            self.warnings.append(
-                "the guest's start-up image may lack a driver for SATA: if it doesn't "
-                "find its disk, choose the rescue entry of its boot menu"
-            )
-        return "sata", single
-
     def places(
         self, disks: list[GuestDisk], boot: GuestDisk | None, bus: str
     ) -> dict[str, str]:
@@ -362,61 +336,23 @@ class _Plan:
         found = {disk.key: place for disk, place in zip(order, free, strict=False)}
         late = [k for k, place in found.items() if not place.startswith(bus)]
         if late:
-            self.warnings.append(
+            self.remarks.warnings.append(
                 f"{bus} has no place for {', '.join(late)}: "
                 f"{', '.join(found[key] for key in late)} may need a driver before the "
                 "guest sees them"
             )
         return found
 
-    # ---- firmware
-
-    def firmware(self, found: Bootability | None) -> tuple[Firmware, str]:
-        """Choose; a description that contradicts the disk loses, and is named."""
-        said = self.vm.firmware
-        word = {Firmware.BIOS: "BIOS", Firmware.UEFI: "UEFI"}.get(said, "nothing")
-        if found is None:
-            if said is Firmware.UNKNOWN:
-                self.notes.append(
-                    "nothing says whether it starts by BIOS or UEFI: BIOS is assumed"
-                )
-                return Firmware.BIOS, "nothing said, disk not looked at"
-            return said, f"the description says {word}; disk not looked at"
-        can_uefi, can_bios = bool(found.loaders), found.bios
-        self.warnings += [f"boot disk: {note}" for note in found.notes]
-        if not can_uefi and not can_bios:
-            chosen = said
-            if said is Firmware.UNKNOWN:
-                uefi = found.esp or found.table == "gpt"
-                chosen = Firmware.UEFI if uefi else Firmware.BIOS
-            self.warnings.append(
-                "nothing that could start was found on the boot disk (is it the right "
-                f"one?): {chosen.value.upper()} is set, by "
-                f"{'its partition table' if chosen is not said else self.vm.source}"
-            )
-            return chosen, "no boot loader found"
-        if said is Firmware.UNKNOWN:
-            if can_uefi and can_bios:
-                chosen = Firmware.UEFI if found.table == "gpt" else Firmware.BIOS
-                return chosen, f"both would start; its table is {found.table}"
-            chosen = Firmware.UEFI if can_uefi else Firmware.BIOS
-            return chosen, "by what its disk starts from"
-        if can_uefi if said is Firmware.UEFI else can_bios:
-            return said, f"the description says {word}, and so does the disk"
-        chosen = Firmware.BIOS if said is Firmware.UEFI else Firmware.UEFI
-        disk = "BIOS boot code" if chosen is Firmware.BIOS else "EFI loaders"
-        self.warnings.append(
-            f"{self.vm.source} says {word}, but its boot disk has only {disk}: "
-            f"{chosen.value.upper()} is set"
-        )
-        return chosen, f"the disk has only {disk}"
+    # ---- the rest
 
     def fresh(self, firmware: Firmware) -> dict[str, str]:
         made: dict[str, str] = {}
         if firmware is Firmware.UEFI:
             keys = 1 if self.vm.secure_boot else 0
             if self.vm.secure_boot is None:
-                self.notes.append("nothing says whether Secure Boot was on: it is off")
+                self.remarks.notes.append(
+                    "nothing says whether Secure Boot was on: it is off"
+                )
             made["efidisk0"] = (
                 f"{self.state_storage()}:1,efitype=4m,pre-enrolled-keys={keys}"
             )
@@ -424,7 +360,7 @@ class _Plan:
             self.dropped.append(("Secure Boot", "there is none with a BIOS"))
         if self.vm.tpm:
             made["tpmstate0"] = f"{self.state_storage()}:1,version=v2.0"
-            self.warnings.append(
+            self.remarks.warnings.append(
                 "the TPM is new and empty: what was sealed in the old one (BitLocker) "
                 "asks for its recovery key"
             )
@@ -434,46 +370,27 @@ class _Plan:
         disks = [disk for disk in self.vm.disks if disk.key in self.facts]
         return self.storage(disks[0] if disks else None).name
 
-    # ---- the rest
-
-    def system(self, found: Bootability | None) -> System:
-        system = system_of(self.vm.os_id, self.vm.family)
-        seen = found.family if found else Family.UNKNOWN
-        if found is None or seen is Family.UNKNOWN:
-            return system
-        by_disk = system_of(found.os_id, seen)
-        if system.family is Family.UNKNOWN:
-            self.notes.append(f"by its boot disk the guest is {by_disk.label}")
-            return by_disk
-        if system.family is not seen:
-            self.warnings.append(
-                f"{self.vm.source} says {one_line(self.vm.os_id, 60)}, but its boot "
-                f"disk starts {by_disk.label}: that is what drivers are chosen by"
-            )
-            return by_disk
-        named = bool(found.os_id) and not self.vm.os_id
-        vague = system in (system_of("", seen), system_of("linux"))
-        return by_disk if named or (vague and found.os_id) else system
-
     def processors(self) -> None:
         sockets, cores = self.vm.sockets, self.vm.cores
         if cores is None:
-            self.notes.append("nothing says how many processors it has: 1 is assumed")
+            self.remarks.notes.append(
+                "nothing says how many processors it has: 1 is assumed"
+            )
         cores = (cores or 1) * self.vm.threads
         if self.vm.threads > 1:
-            self.notes.append(f"{self.vm.threads} threads a core became cores")
+            self.remarks.notes.append(f"{self.vm.threads} threads a core became cores")
         self.params["sockets"] = str(sockets or 1)
         self.params["cores"] = str(cores)
 
     def memory(self) -> None:
         size = self.vm.memory_mib
         if size is None:
-            self.warnings.append(
+            self.remarks.warnings.append(
                 "nothing says how much memory it has: 2048 MiB are assumed"
             )
             size = 2048
         if size < MIN_MEMORY_MIB:
-            self.notes.append(f"{size} MiB of memory became {MIN_MEMORY_MIB}")
+            self.remarks.notes.append(f"{size} MiB of memory became {MIN_MEMORY_MIB}")
         self.params["memory"] = str(max(size, MIN_MEMORY_MIB))
         if self.vm.memory_min_mib:
             self.dropped.append(
@@ -493,6 +410,8 @@ class _Plan:
             self.params["machine"] = "q35"
         self.params["bios"] = "ovmf" if uefi else "seabios"
         self.params["ostype"] = system.ostype
+        if self.vm.agent:
+            self.params["agent"] = "1"
         self.params["scsihw"] = scsihw
         old = system.storage is Storage.IDE
         self.params["cpu"] = "kvm64" if old else "x86-64-v2-AES"
@@ -521,7 +440,7 @@ class _Plan:
         if nic.mac and self.wishes.mac != "new":
             parts[model] = nic.mac.upper()
             if self.target.original_exists:
-                self.warnings.append(
+                self.remarks.warnings.append(
                     f"{key} keeps the MAC address {nic.mac} while the original VM still"
                     " exists; use mac=new to run both"
                 )
@@ -547,12 +466,12 @@ class _Plan:
             bridge = DEFAULT_BRIDGE
             if there and bridge not in there:
                 bridge = min(there)
-            self.notes.append(
+            self.remarks.notes.append(
                 f"{key} was on {nic.network or 'no named network'} and is on {bridge}; "
                 "bridge_map says otherwise"
             )
         if there is not None and bridge not in there:
-            self.warnings.append(
+            self.remarks.warnings.append(
                 f"{key} needs bridge {bridge}, which the target does not have; the VM "
                 "does not start without it (bridge_map)"
             )
@@ -563,7 +482,7 @@ class _Plan:
         name = wishes.name or vm.name
         plain = dns_name(name)
         if plain != name and name:
-            self.notes.append(f"the name {one_line(name, 80)} became {plain}")
+            self.remarks.notes.append(f"the name {one_line(name, 80)} became {plain}")
         if plain:
             self.params["name"] = plain
         text = vm.text.rstrip()

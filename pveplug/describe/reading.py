@@ -14,7 +14,7 @@ from pveplug.describe.guest import GuestDescription, one_line
 from pveplug.errors import DescriptionError
 
 MAX_FILE: Final = safexml.MAX_BYTES
-"""Bytes; a longer file describes nothing."""
+"""Bytes; a longer file is refused: as much of one is enough to know that."""
 _VMCX: Final = b"\x14\x20\x28\x01"
 _BLOCK: Final = 512
 _CHECKPOINT: Final = re.compile(r"(^|[/\\])snapshots[/\\]", re.IGNORECASE)
@@ -42,8 +42,6 @@ def detect(data: bytes) -> Kind | None:
     """
     if data.startswith(_VMCX):
         return Kind.VMCX
-    if len(data) > MAX_FILE:
-        return None
     if _is_tar(data):
         return Kind.OVF if _first_of_tar(data) is not None else None
     head = _head(data)

@@ -47,7 +47,7 @@ _E = TypeVar("_E", bound=enum.Enum)
 _FIELDS: Final = {
     "": "schema name firmware secure_boot tpm sockets cores threads memory_mib "
     "memory_min_mib disks cdroms nics os_id family uuid machine localtime text dropped "
-    "notes source",
+    "notes source agent",
     "disks": "bus controller unit model file capacity boot",
     "cdroms": "bus controller unit file",
     "nics": "model mac network connected vlan",
@@ -166,6 +166,7 @@ def render(vm: GuestDescription) -> bytes:
         "uuid": vm.uuid,
         "machine": list(vm.machine),
         "localtime": vm.localtime,
+        "agent": vm.agent,
         "text": vm.text,
         "dropped": [list(pair) for pair in vm.dropped],
         "notes": list(vm.notes),
@@ -225,6 +226,7 @@ class _Sidecar:
             uuid=self.uuid(value),
             machine=self.several(value, "machine", 100, self.line),
             localtime=self.flag(value, "localtime"),
+            agent=self.flag(value, "agent"),
             text=self.text(value, "text", MAX_TEXT, lines=True),
             dropped=self.several(value, "dropped", _LIST, self.pair),
             notes=self.several(value, "notes", _LIST, self.line),

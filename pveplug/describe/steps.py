@@ -104,7 +104,8 @@ def _windows(
             f"network: set {', '.join(nets)} to virtio with the same MAC address and "
             "enter fixed IP addresses again: Windows sees new cards"
         )
-    yield "when the guest agent runs (virtio-win has it): qm set VMID --agent 1"
+    if not vm.agent:
+        yield "when the guest agent runs (virtio-win has it): qm set VMID --agent 1"
 
 
 def _linux(vm: GuestDescription, system: System, plan: RestorePlan) -> Iterator[str]:
@@ -140,6 +141,8 @@ def _linux(vm: GuestDescription, system: System, plan: RestorePlan) -> Iterator[
             )
     if any(not value.startswith("virtio") for value in nets):
         yield "network: virtio in place of the present model is faster"
+    if vm.agent:
+        return
     tools = "open-vm-tools" if _vmware(vm) else "hyperv-daemons"
     if _vmware(vm) or _hyperv(vm):
         yield (

@@ -90,19 +90,19 @@ _ROWS: Final[tuple[tuple[str, System], ...]] = (
         r"|win\w* ?(server )?2003",
         _windows("w2k3", "Server 2003"),
     ),
-    (r"win(dows)? ?(11|12)\b|windows1[12]-", _windows("win11", "Windows 11")),
-    (r"windows9\b|windows9-|win(dows)? ?10", _windows("win10", "Windows 10")),
-    (r"windows8|win(dows)? ?8", _windows("win8", "Windows 8")),
-    (r"windows7|win(dows)? ?7", _windows("win7", "Windows 7")),
-    (r"winvista|win(dows)? ?vista", _windows("wvista", "Windows Vista")),
-    (r"winxp|win(dows)? ?xp", _windows("wxp", "Windows XP")),
-    (r"win(dows)? ?2000|win2000", _windows("w2k", "Windows 2000")),
+    (r"(win|windows) ?(11|12)\b|windows1[12]-", _windows("win11", "Windows 11")),
+    (r"windows9\b|windows9-|(win|windows) ?10", _windows("win10", "Windows 10")),
+    (r"windows8|(win|windows) ?8", _windows("win8", "Windows 8")),
+    (r"windows7|(win|windows) ?7", _windows("win7", "Windows 7")),
+    (r"winvista|(win|windows) ?vista", _windows("wvista", "Windows Vista")),
+    (r"winxp|(win|windows) ?xp", _windows("wxp", "Windows XP")),
+    (r"(win|windows) ?2000|win2000", _windows("w2k", "Windows 2000")),
     (
-        r"win(31|95|98|me|nt)\b|win(dows)? ?(3\.1|95|98|me|nt)\b|msdos|\bdos\b",
+        r"win(31|95|98|me|nt)\b|(win|windows) ?(3\.1|95|98|me|nt)\b|msdos|\bdos\b",
         System(_WIN, "other", Storage.IDE, "pcnet", "a Windows before 2000"),
     ),
     (r"windows ?hyper-?v|windowshyperv", _windows("win10", "Hyper-V Server")),
-    (r"windows|microsoft|\bwin(dows)?\b", _WINDOWS),
+    (r"windows|microsoft|\b(win|windows)\b", _WINDOWS),
     # initramfs-tools puts all usual drivers in (MODULES=most), mkinitfs and
     # Photon's and Flatcar's images have VirtIO built for the cloud.
     (

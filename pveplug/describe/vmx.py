@@ -20,9 +20,7 @@ from typing import Final
 from pveplug.describe.guest import (
     MAX_CPUS,
     MAX_MEMORY_MIB,
-    MAX_NAME,
     MAX_NICS,
-    MAX_TEXT,
     Bus,
     Firmware,
     GuestCdrom,
@@ -30,8 +28,10 @@ from pveplug.describe.guest import (
     GuestDisk,
     GuestNic,
     bounded,
+    lines,
     mac_address,
     one_line,
+    plain,
     reported,
 )
 from pveplug.describe.systems import family_of
@@ -63,7 +63,10 @@ _ROOM: Final = {Bus.IDE: 2, Bus.SATA: 30, Bus.SCSI: 65, Bus.NVME: 64}
 
 def is_vmx(text: str) -> bool:
     """Whether it looks like one: VMware always writes these keys."""
-    keys = r"(config\.version|virtualhw\.version|displayname|guestos|memsize)"
+    keys = (
+        r"(config\.version|virtualhw\.version|displayname|guestos|memsize"
+        r"|encryption\.data)"
+    )
     found = re.findall(rf"^[ \t]*{keys}[ \t]*=", text, re.MULTILINE | re.IGNORECASE)
     return len({key.lower() for key in found}) >= 2
 
@@ -162,6 +165,12 @@ class _Vmx:
         return int(value)
 
     def run(self) -> GuestDescription:
+        if "encryption.data" in self.keys:
+            raise self.wrong(
+                "the VM is encrypted, its settings and its disks: decrypt it in VMware "
+                "and export it again",
+                self.lines["encryption.data"],
+            )
         disks, cdroms = self.drives()
         sockets, cores = self.processors()
         os_id = one_line(self.get("guestos"), 100)
@@ -190,7 +199,7 @@ class _Vmx:
             uuid=self.smbios(),
             machine=(f"vmx-{hardware}",) if hardware else (),
             localtime=self.clock(),
-            text=self.get("annotation").replace("\r\n", "\n")[:MAX_TEXT],
+            text=lines(self.get("annotation")),
             dropped=reported(self.dropped),
             notes=bounded(self.notes),
         )
@@ -206,9 +215,8 @@ class _Vmx:
         return total // per, per
 
     def clock(self) -> bool | None:
-        if (local := self.flag("rtc.diffisutc")) is not None:
-            return None if local else True
-        return None
+        """``rtc.diffFromUTC`` is in seconds; without it VMware goes by the system."""
+        return False if self.get("rtc.difffromutc") == "0" else None
 
     def smbios(self) -> str | None:
         """What the guest sees as its UUID.
@@ -248,7 +256,7 @@ class _Vmx:
             ):
                 self.dropped.append((at, f"on a controller that isn't there: {file}"))
             elif kind in _CDROMS or "cdrom" in kind:
-                medium = file if kind == "cdrom-image" else ""
+                medium = plain(file) if kind == "cdrom-image" else ""
                 cdroms.append(GuestCdrom(bus, controller, unit, medium or None))
             elif "disk" not in kind or kind.startswith(("scsi-passthru",)):
                 self.dropped.append((at, f"{kind} isn't a disk image: {file}"))
@@ -269,7 +277,7 @@ class _Vmx:
                         model=one_line(
                             self.get(f"{name}{controller}.virtualdev").lower(), 40
                         ),
-                        file=file[:MAX_NAME],
+                        file=plain(file),
                         boot=first == at,
                     )
                 )
@@ -318,7 +326,7 @@ class _Vmx:
                 self.dropped.append((found[1], what or "a device of the old machine"))
         told = {
             "vhv.enable": "nested virtualisation: set cpu to host for it",
-            "encryption.keysafe": "the VM is encrypted: its disks can't be read",
+            "encryption.keysafe": "the key of its TPM, or of encrypted disks",
             "sched.cpu.min": "a reservation of processor time",
             "sched.mem.min": "a reservation of memory",
             "numa.nodeaffinity": "bound to the old host",
@@ -329,8 +337,6 @@ class _Vmx:
             value = self.get(key)
             if value and value.lower() not in ("false", "0", "all", "") and why:
                 self.dropped.append((key, f"{one_line(value, 60)}: {why}"))
-        if self.get("encryption.keysafe"):
-            self.notes.append("the VM is encrypted")
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -29,7 +29,10 @@ PATIENT = 60.0
 
 
 @pytest.fixture
-async def vm(short_tmp: Path) -> AsyncIterator[WatchedVm]:
+async def vm(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[WatchedVm]:
+    monkeypatch.setattr("pveplug.ir.proof.PING_S", 0.3)
     async with WatchedVm(short_tmp) as made:
         yield made
     left = [t for t in asyncio.all_tasks() if t.get_name().startswith("prove")]
@@ -138,6 +141,7 @@ async def test_a_vm_that_never_runs_is_not_proven(short_tmp: Path) -> None:
     assert verdict.outcome is Outcome.NOT_PROVEN
     assert verdict.reason == "VM 100 did not run within 0.5 s"
     assert verdict.screenshot is None
+    assert not any((short_tmp / "run").iterdir()), "nothing is left of a watch"
 
 
 async def test_a_vm_that_starts_later_is_waited_for(short_tmp: Path) -> None:
@@ -307,6 +311,7 @@ async def test_a_cancelled_watch_leaves_nothing_running(vm: WatchedVm) -> None:
     with pytest.raises(asyncio.CancelledError):
         await watching
     assert vm.status == "running"
+    assert not any((vm.folder / "run").iterdir())
 
 
 # --- reports --------------------------------------------------------------------------
@@ -314,12 +319,13 @@ async def test_a_cancelled_watch_leaves_nothing_running(vm: WatchedVm) -> None:
 
 def subject() -> Subject:
     return Subject(
-        VMID,
+        55,
         "web",
         "web-backup",
         (ChainMember(41, "F", "web.1"),),
-        "2026-03-14T03:15:00Z",
-        "2026-03-14T03:16:00Z",
+        "2026-03-14T03:15:00+00:00",
+        "2026-03-14T03:16:00+00:00",
+        VMID,
     )
 
 
@@ -331,7 +337,7 @@ async def test_the_report_is_three_files_and_the_picture_moves(
     assert verdict.screenshot
     path = await write_report(tmp_path / "reports", subject(), verdict)
     names = sorted(file.name for file in path.parent.iterdir())
-    assert names == [f"100-20260314T031500Z.{end}" for end in ("json", "png", "txt")]
+    assert names == [f"55-20260314T031500Z.{end}" for end in ("json", "png", "txt")]
     assert all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in path.parent.iterdir())
     value = json.loads(path.read_text())
     picture = (path.parent / value["screenshot"]["file"]).read_bytes()

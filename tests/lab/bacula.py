@@ -195,12 +195,15 @@ class BaculaLab:
                 return
 
     def stop(self) -> None:
-        """End the daemons that still run."""
-        for daemon in ("dir", "fd", "sd"):
-            process = self._daemons.pop(daemon, None)
-            if process is None:
-                continue
-            process.terminate()
+        """End the daemons that still run.
+
+        Not a word to the director: it would wait up to 4 s for its job threads, which
+        wait for work, and what it has told the catalogue is there.
+        """
+        running = {name: self._daemons.pop(name) for name in tuple(self._daemons)}
+        for name, process in running.items():
+            process.send_signal(signal.SIGKILL if name == "dir" else signal.SIGTERM)
+        for process in running.values():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:

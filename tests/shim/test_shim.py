@@ -292,7 +292,8 @@ def test_cancel_wakes_a_hanging_restore(host: Host, point: str) -> None:
     entries = [{"file": NAME, "size": 1 << 23, "runs": [[0, 1 << 23]]}]
     command = host.scenario(entries=entries, faults={point: "hang"})
     began = time.monotonic()
-    said = host.run(23, "backup,restore", command, FAKE_CANCEL_MS="1500")
+    # Time enough for the backup before it, on a busy machine and with its sanitizers.
+    said = host.run(23, "backup,restore", command, FAKE_CANCEL_MS="3000")
     assert "stage=r end status=A" in said
     assert time.monotonic() - began < 8
     assert host.cleanups(1) == ["faker.2026-11-23_00.00.00_01"]

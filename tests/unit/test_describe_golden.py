@@ -21,6 +21,7 @@ from pveplug.describe.reading import read_description
 from pveplug.units import GiB
 from pveplug.values import Mapped
 from pveplug.vmrestore import Target, TargetStorage, Wishes
+from tests.lab.schema import verify
 
 HERE = Path(__file__).parent / "descriptions"
 FRESH = "99999999-8888-4777-8666-555555555555"
@@ -104,6 +105,19 @@ def test_a_typical_description_becomes_the_vm_that_was_reviewed(name):
 def test_a_description_written_as_sidecar_reads_the_same(name):
     description = read_description({name: (HERE / name).read_bytes()})
     assert read_description({"x": sidecar.render(description)}) == description
+
+
+@pytest.mark.parametrize("release", ["8.4", "9.2"])
+@pytest.mark.parametrize("name", CASES)
+def test_proxmox_ve_takes_every_parameter_of_the_plans(name, release):
+    plan = json.loads(made(name))["plan"]
+    restore = plan["restore"]
+    drives = {
+        disk["key"]: ",".join(["nas:1", *("=".join(o) for o in disk["options"])])
+        for disk in restore["disks"]
+    }
+    given = {**restore["params"], **plan["fresh"], **restore["late_params"], **drives}
+    verify(given, {}, config=True, release=release)
 
 
 def test_every_kept_description_is_a_case():
