@@ -50,7 +50,6 @@ class LandingTarget(InstantTarget):
             for key in chain.keys
         }
         self._node = SimpleNamespace(landing_dir=str(base))  # type: ignore[assignment]
-        self._starter = None
         self._blank = set()
         self.begun: list[str] = []
 
