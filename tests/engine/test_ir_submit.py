@@ -33,9 +33,12 @@ def unique(number: int) -> str:
     return f"n.2026-11-30_14.00.{number:02}_{number:02}"
 
 
-def part(job_id: int, *disks: str, number: int = 0, vm: str = VM) -> Part:
+def part(
+    job_id: int, *disks: str, number: int = 0, vm: str = VM, edges: bool = False
+) -> Part:
     images = [f"{key}.{end}" for key in disks for end in ("qcow2", "digests")]
-    return Part(job_id, f"{vm}/{unique(number or job_id)}", (*SMALL, *images))
+    ends = ("edges.bin",) if edges else ()
+    return Part(job_id, f"{vm}/{unique(number or job_id)}", (*SMALL, *ends, *images))
 
 
 class FakeConsole:
@@ -135,6 +138,37 @@ async def test_firmware_of_the_whole_chain_comes_before_all() -> None:
         (f"{VM}/{unique(1)}", ("layout.json", *firmware)),
     )
     assert plan.steps[0].order.job_ids == (1, 2)
+
+
+async def test_the_ends_of_all_disks_of_the_whole_chain_come_before_all() -> None:
+    """Of those jobs that have them: the first may be of an older pveplug."""
+    console = FakeConsole(
+        [part(1, "scsi0"), *(part(n, "scsi0", edges=True) for n in (2, 3))]
+    )
+    plan = await plan_of(console)
+    assert [step.title for step in plan.steps] == [
+        "ends of the disks, of the whole chain",
+        *(f"{unique(n)} (JobId {n})" for n in (3, 2, 1)),
+    ]
+    assert plan.steps[0].order.marks == (
+        (f"{VM}/{unique(3)}", (*SMALL, "edges.bin")),
+        (f"{VM}/{unique(2)}", ("layout.json", "edges.bin")),
+        (f"{VM}/{unique(1)}", ("layout.json",)),
+    )
+
+
+async def test_ends_and_firmware_come_in_one_job() -> None:
+    console = FakeConsole([part(1, "scsi0", "efidisk0", edges=True)])
+    plan = await plan_of(console)
+    assert plan.steps[0].title == (
+        "firmware state and ends of the disks, of the whole chain"
+    )
+    assert plan.steps[0].order.marks == (
+        (
+            f"{VM}/{unique(1)}",
+            (*SMALL, "edges.bin", "efidisk0.qcow2", "efidisk0.digests"),
+        ),
+    )
 
 
 async def test_firmware_that_the_head_no_longer_has_isn_t_asked_for() -> None:

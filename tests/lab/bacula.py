@@ -195,12 +195,15 @@ class BaculaLab:
                 return
 
     def stop(self) -> None:
-        """End the daemons that still run."""
-        for daemon in ("dir", "fd", "sd"):
-            process = self._daemons.pop(daemon, None)
-            if process is None:
-                continue
-            process.terminate()
+        """End the daemons that still run.
+
+        Not a word to the director: it would wait up to 4 s for its job threads, which
+        wait for work, and what it has told the catalogue is there.
+        """
+        running = {name: self._daemons.pop(name) for name in tuple(self._daemons)}
+        for name, process in running.items():
+            process.send_signal(signal.SIGKILL if name == "dir" else signal.SIGTERM)
+        for process in running.values():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -234,6 +237,16 @@ class BaculaLab:
         tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
         raise LabError(f"bacula-{daemon} does not answer, see {output}:\n{tail}")
 
+    def stop_daemon(self, daemon: str) -> None:
+        """End a daemon in order; ``start_daemon`` brings it back."""
+        process = self._daemons.pop(daemon)
+        process.terminate()
+        process.wait(20)
+
+    def set_environment(self, **values: str) -> None:
+        """Change the environment of daemons that start from now on."""
+        self._env.update(values)
+
     def kill(self, daemon: str) -> None:
         """End a daemon with SIGKILL; ``start_daemon`` brings it back."""
         process = self._daemons.pop(daemon)
@@ -242,6 +255,18 @@ class BaculaLab:
 
     def pid(self, daemon: str) -> int:
         return self._daemons[daemon].pid
+
+    def port(self, daemon: str) -> int:
+        return self._ports[daemon]
+
+    def reach_storage_at(self, port: int) -> None:
+        """Let Director and File Daemon find the Storage Daemon at another port."""
+        for number in range(1, self.storages + 1):
+            path = self.base / f"etc/storages.d/{number}.conf"
+            text = re.sub(r"SDPort = \d+", f"SDPort = {port}", path.read_text())
+            path.write_text(text)
+        if self.alive("dir"):
+            self.reload()
 
     def alive(self, daemon: str) -> bool:
         process = self._daemons.get(daemon)

@@ -82,6 +82,14 @@ def test_it_can_be_watched() -> None:
         assert "vga" in dict(changed.dropped)
 
 
+def test_a_vm_has_the_display_it_had() -> None:
+    assert config_for_proof({}).values["vga"] == "std"
+    assert "vga" not in config_for_proof({"ostype": "wxp"}).values
+    assert config_for_proof({"vga": "virtio,memory=32"}).values["vga"] == (
+        "virtio,memory=32"
+    )
+
+
 def test_a_host_s_serial_port_becomes_a_socket() -> None:
     made = config_for_proof({**ORIGINAL, "serial0": "/dev/ttyUSB0"}).values
     assert made["serial0"] == "socket"
@@ -103,6 +111,8 @@ def test_memory_is_capped_with_all_that_depends_on_it() -> None:
 
 def test_a_boot_order_of_nics_alone_goes() -> None:
     assert "boot" not in config_for_proof({"boot": "order=net0", "net0": "x"}).values
+    later = config_for_proof({"boot": "order=net0;scsi0;usb1", "net0": "x"}).values
+    assert later["boot"] == "order=scsi0", "a disk that is attached later stays"
     assert config_for_proof({"boot": "cdn"}).values["boot"] == "cdn"
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pveplug.proving.console import FIRST, LAST, MAX_LINE, ConsoleText
@@ -48,6 +48,7 @@ def test_text_that_could_turn_a_report_around_is_taken_out() -> None:
 
 
 @given(st.binary(max_size=250), st.lists(st.integers(0, 250), max_size=6))
+@settings(deadline=None)
 def test_any_split_gives_the_same_lines(data: bytes, cuts: list[int]) -> None:
     at = sorted(min(cut, len(data)) for cut in cuts)
     parts = [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)]
@@ -60,6 +61,7 @@ def test_any_split_gives_the_same_lines(data: bytes, cuts: list[int]) -> None:
 
 
 @given(st.binary(max_size=2000))
+@settings(deadline=None)
 def test_no_line_is_long_or_has_a_control_character(data: bytes) -> None:
     for line in lines_of(data):
         assert len(line) <= MAX_LINE

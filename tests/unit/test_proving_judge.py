@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -50,11 +51,13 @@ def wanted(*kinds: Evidence, every: bool = True) -> Wanted:
 
 
 def look(picture: Picture | None, activity: Activity | None = ALIVE) -> Look:
-    if picture is None:
-        return Look("running", activity)
+    return Look("running", activity, screen(picture) if picture else None)
+
+
+@functools.lru_cache(maxsize=20)
+def screen(picture: Picture) -> Screen:
     lines = read_text(picture)
-    text = joined(lines, columns_of(picture))
-    return Look("running", activity, Screen(picture, lines, text))
+    return Screen(picture, lines, joined(lines, columns_of(picture)))
 
 
 def watched(*looks: tuple[float, Look], judge: Judge | None = None) -> Judge:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pveplug.errors import RemoteProtocolError
@@ -84,6 +84,7 @@ def test_what_is_no_x86_is_not_judged(text: str) -> None:
 
 
 @given(st.text(max_size=300))
+@settings(deadline=None)
 def test_any_monitor_text_is_parsed_without_an_error(text: str) -> None:
     assert isinstance(parse_processors(text), tuple)
 
@@ -115,6 +116,7 @@ def test_what_is_no_picture_is_refused(data: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 20))
+@settings(deadline=None)
 def test_any_bytes_are_a_picture_or_refused(data: bytes, cut: int) -> None:
     for given_data in (data, b"P6\n3 2\n255\n"[:cut] + data):
         try:
@@ -140,11 +142,30 @@ def test_a_blinking_cursor_is_no_change_but_a_line_of_text_is() -> None:
 
 
 @given(
+    st.sets(st.integers(0, 64 * 64 - 1), min_size=1, max_size=60),
+    st.sampled_from([0, 990, 1024, 1100, 2000]),
+    st.integers(0, 2),
+)
+@settings(deadline=None)
+def test_pictures_are_alike_up_to_a_thousandth_of_their_pixels(
+    places: set[int], more: int, colour: int
+) -> None:
+    changed = places | set(range(more))
+    pixels = bytearray(3 * 64 * 64)
+    for at in changed:
+        pixels[3 * at + (colour + at) % 3] = 9
+    picture, black = Picture(64, 64, bytes(pixels)), Picture(64, 64, bytes(3 * 64 * 64))
+    assert black.is_like(picture) is (len(changed) <= 1024)
+    assert picture.is_like(black) is (len(changed) <= 1024)
+
+
+@given(
     st.lists(
         st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=60),
         max_size=20,
     )
 )
+@settings(deadline=None)
 def test_what_is_drawn_is_read(lines: list[str]) -> None:
     while lines and not lines[-1]:
         lines.pop()
@@ -168,6 +189,7 @@ def test_a_line_that_fills_the_screen_goes_on_in_the_next() -> None:
         "Booting from Hard Disk...",
         "Loading initial ramdisk ...",
         "Physical KASLR disabled: no suitable memory region!",
+        "Begin: Waiting for root file system ...",
         "Guest has not initialized the display (yet).",
     ],
 )
