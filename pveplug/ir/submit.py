@@ -188,10 +188,10 @@ def planned(
     if marks and len(parts) > 1:
         # With the newest job, for each job costs seconds: Bacula gives the older ones'
         # small files first, and then what is as a rule the smallest of all.
-        newest = parts[0]
-        older = [mark for mark in marks if mark[0] != newest.directory]
+        last = parts[0]
+        older = [mark for mark in marks if mark[0] != last.directory]
         title = f"{_what(marks)} of the whole chain, and {steps[0].title}"
-        steps[0] = step(title, (newest.directory, newest.names), *older)
+        steps[0] = step(title, (last.directory, last.names), *older)
     elif marks and manifest.image_file("tpmstate0") in parts[0].names:
         # It comes after the disks in its job, and the start can't wait for those.
         steps.insert(0, step(_what(marks), *marks))
