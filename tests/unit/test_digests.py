@@ -142,6 +142,13 @@ def test_digests_of_older_versions_are_still_compared(version):
         _run(DigestVerifier(sidecar), events((0, b"a" * C), (5 * MiB, b"B" * C)))
 
 
+def test_manifests_of_version_3_have_digests_of_version_2():
+    verifiers = [DigestVerifier(version=version) for version in (2, 3)]
+    for verifier in verifiers:
+        verifier.receive(events((0, b"a" * C)))
+    assert verifiers[0].finish() == verifiers[1].finish()
+
+
 def test_a_cluster_in_pieces_has_the_digest_of_the_whole():
     whole = sidecar_of((0, b"a" * C + b"b" * C))
     parts = ((0, b"a" * 7), (7, b"a" * (C - 7) + b"b" * 9), (C + 9, b"b" * (C - 9)))
