@@ -311,9 +311,10 @@ def say(text: str) -> None:
 def say_machine() -> None:
     """Print what the numbers were measured on."""
     say(f"$ ./dev bench {' '.join(sys.argv[1:])}")
+    release = platform.release().partition("-")[0]
     say(
-        f"{platform.platform()}, {os.cpu_count()} CPUs, Python "
-        f"{platform.python_version()}"
+        f"{platform.system()} {release} {platform.machine()}, {os.cpu_count()} CPUs, "
+        f"Python {platform.python_version()}"
     )
     for program in ("qemu-nbd", "nbdcopy", "nbdkit"):
         with contextlib.suppress(OSError, subprocess.CalledProcessError):

@@ -319,6 +319,8 @@ class DiskStream:
 
         Returns: None where nobody asked, or where they aren't whole clusters.
         """
+        # Not in a thread of its own, beside the reading: on two processors, of which
+        # the source takes one, that took 0.2 s more CPU time per GiB and no less time.
         if not self._digests:
             return None
         offset = slot.offset + start
