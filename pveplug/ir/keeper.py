@@ -191,8 +191,8 @@ class Keeper:
                 pass
             case "migrate":
                 self._migrate = True
-                self._again_s = 0.0
-                self._trouble = ""
+                self._again_s = self._asked_s = 0.0
+                self._trouble = self._stopped = ""
             case "release":
                 for device in self._devices.values():
                     device.release()

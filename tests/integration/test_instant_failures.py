@@ -231,6 +231,8 @@ async def test_a_guest_whose_overlay_is_full_stops_and_goes_on_when_there_is_roo
     wanted = bytearray(contents(source, world.base)["scsi0"])
     for at in range(CLUSTER, len(wanted), CLUSTER):
         wanted[at : at + SECTOR] = sector
+        # The packet is a part of what is written, its sector in it.
+        wanted[at + 0x38 : at + 0x3A] = (at // SECTOR).to_bytes(2, "little")
     tiny = small_disk("2M")
     world.site.add_storage("tiny", root=tiny)
     try:
@@ -275,11 +277,12 @@ async def test_a_vm_whose_data_stays_away_is_paused_with_the_reason_and_goes_on(
     on: Stage,
 ) -> None:
     world = on.world
-    written = await on.cut_off(",ir_timeout=10")
+    written = await on.cut_off(",ir_timeout=15")
     vm = written.vm
     await written.read_later("scsi1", 6 * MIB + 512 * 1024)
-    await until(lambda: "Paused by pveplug" in _description(vm), "the pause", 40)
-    assert await status_of(vm) == "paused"
+    await until(lambda: "Paused by pveplug" in _description(vm), "the pause", 60)
+    # QEMU answers nobody while it waits, its guest stopped, for a read under way.
+    assert await status_of(vm) in ("paused", "")
     assert "ir_timeout" in _description(vm)
     status, said = await pveplug(world, "ir", "status", "--vmid", str(VMID))
     assert status == 1
@@ -288,13 +291,15 @@ async def test_a_vm_whose_data_stays_away_is_paused_with_the_reason_and_goes_on(
     await kill_keeper(world.site, VMID)
     status, said = await pveplug(world, "ir", "resume", "--vmid", str(VMID))
     assert status == 0, said
-    assert await status_of(vm) == "paused"
+    assert await status_of(vm) in ("paused", "")
     again = await on.start(",restore_bwlimit=4M")
     await until(lambda: "Paused" not in _description(vm), "its going on", 40)
     job = await world.wait(again)
     assert job.ok, job.text
-    assert await status_of(vm) == "running"
     await written.settled()
+    async with asyncio.timeout(30):
+        while await status_of(vm) != "running":
+            await asyncio.sleep(0.2)
     await on.right(written.disks)
 
 
