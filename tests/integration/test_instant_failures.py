@@ -153,7 +153,7 @@ class Stage:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared() -> AsyncIterator[Stage]:
     async with ErrorWorld() as world:
-        world.most_hold_s = 10.0  # QEMU waits for reads when its guest is reset
+        world.most_hold_s = 30.0  # QEMU, told to pause, waits for reads under way
         stage = Stage(world)
         await stage.prepare()
         yield stage
