@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -120,6 +121,9 @@ class Stage:
         return Written(vm, self.chain.disks, 1)
 
     def backend(self) -> int:
+        journal = self.world.site.root / f"ph/lib/vms/{VMID}.json"
+        if journal.exists():
+            return int(json.loads(journal.read_text())["pid"])
         fd = self.world.bacula.pid("fd")
         children = Path(f"/proc/{fd}/task").glob("*/children")
         return max(int(pid) for path in children for pid in path.read_text().split())
