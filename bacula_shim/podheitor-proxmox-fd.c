@@ -31,6 +31,12 @@
 
 #define OUR_NAMES "/@proxmox/"
 
+/* Bacula chooses a plug-in by its file's name.  A copy named after a sister plug-in that is not
+ * installed gets the restores of that one's jobs, and must refuse all else. */
+#ifndef OWN_COMMANDS
+#define OWN_COMMANDS "podheitor-proxmox:"
+#endif
+
 enum { DEFAULT_IDLE_S = 3600, DEFAULT_STATUS_S = 600, MAX_S = 2000000 };
 
 static const struct dialect dialects[] = {
@@ -242,8 +248,20 @@ static bool keep_object(struct job *job, const struct restore_object_pkt *pkt)
     return true;
 }
 
+static bool restores_only(struct job *job, const char *command)
+{
+    if (strncmp(command, OWN_COMMANDS, strlen(OWN_COMMANDS)) == 0)
+        return false;
+    fail(job, "this is no plug-in that backs up \"%.*s\": it is pveplug's copy under that name, "
+              "which only restores. Install the sister plug-in in its place for backups.",
+         (int)strcspn(command, ":"), command);
+    return true;
+}
+
 static bool announced(struct job *job, const char *command)
 {
+    if (restores_only(job, command))
+        return false;
     if (session_find(job, command) != NULL)
         return fail(job, "the same Plugin line stands twice in the FileSet: %.300s", command);
     return session_new(job, command) != NULL;
@@ -251,6 +269,8 @@ static bool announced(struct job *job, const char *command)
 
 static bool start(struct job *job, const char *command, enum kind kind)
 {
+    if (kind != KIND_RESTORE && !job->failed && restores_only(job, command))
+        return false;
     struct session *s = session_find(job, command);
     job->current = s;
     /* A job that failed before (an earlier line, a refused one) must not touch more VMs. */

@@ -193,9 +193,11 @@ async def _job(session: BaculaSession, node: Node) -> None:
 
     if session.job.type == "R":
         from pveplug.restore import Restore
+        from pveplug.restore_foreign import RestoreForeign, is_sisters
 
         await session.accept_params()
-        await Restore(session, node).run()
+        foreign = is_sisters(session.plugin)
+        await (RestoreForeign if foreign else Restore)(session, node).run()
         return
     backup, warnings = config.parse_backup(session.plugin, node=node)
     for text in warnings:
@@ -206,6 +208,9 @@ async def _job(session: BaculaSession, node: Node) -> None:
     local = PveLocal(node)
     if backup.replication is not None:
         await _replication(session, node, backup)
+        return
+    if backup.proof is not None:
+        await _proof(session, node, backup)
         return
     api = await open_api(backup.connection)
     async with api:
@@ -257,6 +262,29 @@ async def _replication(
             BaculaReports(session),
         )
         await _while_wanted(session, engine.run())
+    await _close(session)
+
+
+async def _proof(session: BaculaSession, node: Node, config: BackupConfig) -> None:
+    """Lead a job that proves backups; what it stores are reports."""
+    from pathlib import Path
+
+    from pveplug.bconsole import Console
+    from pveplug.proofjob import BaculaStore, ProofJob, vmids
+
+    order = config.proof
+    assert order is not None  # noqa: S101 - for the type checker
+    wanted = vmids(config)
+    await session.accept_params()
+    if session.job.type == "E":
+        session.info("mode=prove stores only reports: nothing to estimate")
+        await session.no_more_files()
+        await session.end()
+        return
+    await session.accept_start()
+    console = Console(node.bconsole, Path(order.console) if order.console else None)
+    job = ProofJob(wanted, order, console, BaculaStore(session), session)
+    await _while_wanted(session, job.run())
     await _close(session)
 
 

@@ -260,6 +260,9 @@ class Console:
     async def preview(self, order: RestoreOrder) -> None:
         """Have Bacula select the files and show the job, without running it.
 
+        As after any restore that was declined, the Director leaves a bootstrap file of
+        a few hundred bytes in its working directory.
+
         Raises:
             RequestError: it would be another job than the one that was ordered: Bacula
                 takes what it has in the place of a name that it doesn't know.

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_start(actions)
+    _add_prove(actions)
     command_ir_node.add_actions(actions)
 
 
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     match arguments.action:
         case "start":
             return _start(arguments)
+        case "prove":
+            return _prove(arguments)
         case "status" | "migrate" | "discard" | "resume":
             return command_ir_node.run(arguments)
     raise ConfigError(f"pveplug ir has no {arguments.action}")
@@ -92,7 +95,7 @@ def _add_start(actions: Any) -> None:
         action="store_true",
         help="leave the disks where they are until `pveplug ir migrate`",
     )
-    add("--timeout", metavar="SECONDS", help="how long the whole may take")
+    add("--timeout", metavar="SECONDS", help="how long the guest may wait for data")
     add(
         "--map-bridge",
         action="append",
@@ -119,6 +122,55 @@ def _add_start(actions: Any) -> None:
         action="store_true",
         help="submit and return; for a recovery that is one restore job",
     )
+
+
+def _add_prove(actions: Any) -> None:
+    parser: argparse.ArgumentParser = actions.add_parser(
+        "prove",
+        help="prove that the newest backups boot, and remove what was made for it",
+        description="Have Bacula restore the newest good backup of each VM with "
+        "mode=prove: it boots without any network, is watched, judged and removed; "
+        "docs/prove.md. Ctrl-C cancels nothing in Bacula.",
+        epilog="Exit status: 0 every backup is proven; 69 one is not, or Bacula does "
+        "not answer; 78 wrong options; 130 after Ctrl-C. For an Admin job: Run Before "
+        'Job = "pveplug ir prove --vmid 100".',
+    )
+    add = parser.add_argument
+    add("--vmid", type=_vmid, action="append", required=True, metavar="N")
+    add("--restore-client", metavar="C", help="the node that restores for it")
+    add("--restore-job", metavar="R", help="Bacula's Job of Type = Restore")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="prove_evidence, prove_serial, prove_timeout, prove_memory, storages, …",
+    )
+    add("--console", default="bconsole", metavar="PROGRAM", help="[bconsole]")
+    add("--console-config", type=Path, metavar="FILE", help="its -c [its default]")
+
+
+def _prove(arguments: argparse.Namespace) -> int:
+    from pveplug.config import ProofOrder  # of no use to the other actions
+    from pveplug.dr.reports import TerminalReports
+    from pveplug.proofjob import ProofJob
+
+    options: dict[str, str] = {}
+    for option in arguments.option:
+        key, equals, value = option.partition("=")
+        if not equals or not re.fullmatch("[a-z_]+", key) or key in options:
+            raise ConfigError(f"--option {option!r} is not key=value", key=key)
+        options[key] = value
+    order = ProofOrder(options, None, arguments.restore_client, arguments.restore_job)
+    console = Console(arguments.console, arguments.console_config)
+    try:
+        asyncio.run(
+            ProofJob(arguments.vmid, order, console, None, TerminalReports()).run()
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("pveplug: interrupted; the restore job goes on in Bacula\n")
+        return EX_INTERRUPTED
+    return EX_OK
 
 
 def _vmid(text: str) -> int:

@@ -25,6 +25,7 @@ from pveplug.node import Node
 from pveplug.parameter import Parameter
 from pveplug.parameters import PARAMETERS, RESTORE_MODES, lookup
 from pveplug.pluginstring import (
+    PLUGIN_NAME,
     is_vm_where,
     option_words,
     plugin_words,
@@ -189,6 +190,23 @@ class Replication:
 
 
 @dataclass(frozen=True, slots=True)
+class ProofOrder:
+    """What a proof as a job of its own was told.
+
+    Attributes:
+        options: of the restore jobs it submits, as ``where=`` carries them.
+        console: file of bconsole's configuration; None: its default.
+        client: who restores; None: whose backup it is.
+        restore_job: Bacula's Job of Type = Restore; None: the only one.
+    """
+
+    options: Mapping[str, str]
+    console: str | None = None
+    client: str | None = None
+    restore_job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BackupConfig:
     connection: Connection
     selection: Selection
@@ -197,6 +215,8 @@ class BackupConfig:
     backup_type: str | None = None
     replication: Replication | None = None
     """What a mode of disaster recovery was told; None with ``mode=backup``."""
+    proof: ProofOrder | None = None
+    """With ``mode=prove``."""
 
     @property
     def needs_source(self) -> bool:
@@ -214,6 +234,7 @@ class Instant:
     target_storage: str | None = None
     auto_migrate: bool = True
     timeout: int = 3600
+    network: Literal["auto", "up", "down"] = "auto"
     nbd_bind: str | None = None
     nbd_port: int = 0
     bwlimit: int = 0
@@ -291,6 +312,31 @@ class RestoreConfig:
         return source if wanted == "same" else int(wanted)
 
 
+@dataclass(frozen=True, slots=True)
+class ImportConfig:
+    """Where another hypervisor's VM goes and what is made of it.
+
+    Attributes:
+        common: what it shares with a restore; ``storage`` is set for a VM.
+        cores, memory_mib: None: as it is described.
+        raw: names of images that are raw disks whatever they begin with.
+        verify: read every disk back.
+    """
+
+    common: RestoreConfig
+    cores: int | None = None
+    memory_mib: int | None = None
+    firmware: Literal["auto", "bios", "uefi"] = "auto"
+    raw: tuple[str, ...] = ()
+    verify: bool = False
+
+    @property
+    def vmid(self) -> int | None:
+        """The id that is wished for; None: the next free one."""
+        wanted = self.common.vmids.default
+        return None if wanted in (None, "next") else int(wanted)
+
+
 def parse_backup(
     plugin_string: str, *, node: Node | None = None
 ) -> tuple[BackupConfig, list[str]]:
@@ -299,7 +345,8 @@ def parse_backup(
     Raises:
         ConfigError: which key, which value, why.
     """
-    values = _typed(plugin_words(plugin_string))
+    words = plugin_words(plugin_string)
+    values = _typed(words)
     warnings: list[str] = []
     connection = _connection(values, node or Node(), warnings)
     selection = Selection(
@@ -312,6 +359,7 @@ def parse_backup(
         _value(values, "mode"),
         _value(values, "backup_type"),
         _replication(values, warnings),
+        _proof_order(values, words),
     )
     if config.needs_source:
         connection.check()
@@ -358,9 +406,94 @@ def parse_restore(
         ConfigError: which key, which value, why.
     """
     warnings: list[str] = []
+    stored = _typed(_old_words(plugin_string, warnings))
+    config, _ = _restore(stored, where, options_text, node or Node(), warnings)
+    return config
+
+
+def parse_import(
+    where: str = "",
+    options_text: Sequence[str] = (),
+    *,
+    node: Node,
+    given: str = "",
+) -> ImportConfig:
+    """Return the configuration of an import.
+
+    Args:
+        where: the restore job's Where, "" when there is none.
+        options_text: restore options objects (type 28), usually none or one.
+        node: this node's settings: its ``import_options`` are the lowest layer.
+        given: what the command line gave, as in a plug-in string, over those.
+
+    Raises:
+        ConfigError: which key, which value, why.
+    """
+    warnings: list[str] = []
+    layers: dict[str, Any] = {}
+    for source, text in (("import_options", node.import_options), ("", given)):
+        prefix = f"{source} of the node file: " if source else ""
+        try:
+            words = plugin_words(f"{PLUGIN_NAME}: {text}")
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error}", key=error.key) from None
+        layers = _layered(layers, _typed(words, source=prefix))
+    config, values = _restore(layers, where, options_text, node, warnings)
+    _check_import(config, values)
+
+    def get(key: str) -> Any:
+        return _value(values, key)
+
+    if config.storage is None and config.storage_map.default:
+        config = dataclasses.replace(config, storage=config.storage_map.default)
+    return ImportConfig(
+        config,
+        cores=get("import_cores"),
+        memory_mib=get("import_memory"),
+        firmware=get("import_firmware"),
+        raw=get("import_raw"),
+        verify=get("import_verify"),
+    )
+
+
+def _check_import(config: RestoreConfig, values: Mapping[str, Any]) -> None:
+    """Refuse what makes no sense for a VM that has never been here."""
+    for key in ("overwrite", "disks", "mode"):
+        if values.get(key):
+            raise ConfigError(
+                f"{key} is for a VM's own backups; an import makes a new VM", key=key
+            )
+    if config.target == "files":
+        return
+    if config.vmids.pairs or config.vmids.default == "same":
+        raise ConfigError(
+            f"restore_vmid={config.vmids}: an import goes to one id, or to next",
+            key="restore_vmid",
+        )
+    if config.storage_map.pairs:
+        raise ConfigError(
+            f"storage_map={config.storage_map}: the disks come from no storage of "
+            "Proxmox VE; give restore_storage",
+            key="storage_map",
+        )
+    if config.storage is None and config.storage_map.default is None:
+        raise ConfigError(
+            "an import needs restore_storage: where=/@pve/restore_storage=…, or "
+            "import_options in the node file",
+            key="restore_storage",
+        )
+
+
+def _restore(
+    stored: Mapping[str, Any],
+    where: str,
+    options_text: Sequence[str],
+    node: Node,
+    warnings: list[str],
+) -> tuple[RestoreConfig, Mapping[str, Any]]:
+    """Lay the options of a restore over those that are stored; return both."""
     from_where = where_words(where) if is_vm_where(where) else {}
     from_menu = _menu_words(options_text)
-    stored = _typed(_old_words(plugin_string, warnings))
     menu = _typed(from_menu, restore_only=True, source="restore options: ")
     given = _typed(from_where, restore_only=True, source="where=: ")
     for key in sorted(given.keys() & menu.keys()):
@@ -371,7 +504,7 @@ def parse_restore(
             )
     target, reason = _target(where, menu)
     values = _layered(_layered(stored, menu), given)
-    connection = _connection(values, node or Node(), warnings)
+    connection = _connection(values, node, warnings)
     mode = _restore_mode(values, target, menu.keys() | given.keys())
     if target == "vm":
         connection.check()
@@ -380,7 +513,7 @@ def parse_restore(
     def get(key: str) -> Any:
         return _value(values, key)
 
-    return RestoreConfig(
+    config = RestoreConfig(
         connection=connection,
         target=target,
         reason=reason,
@@ -402,6 +535,29 @@ def parse_restore(
         warnings=tuple(warnings),
         instant=_instant(values) if mode else None,
         prove=_prove(values) if mode == "prove" else None,
+    )
+    return config, values
+
+
+_FOR_THE_RESTORE: Final = (
+    *("restore_storage", "storage_map", "restore_pool", "ir_overlay_storage"),
+    *("ir_timeout", "prove_evidence", "prove_serial", "prove_timeout"),
+    *("prove_memory", "prove_report"),
+)
+
+
+def _proof_order(
+    values: Mapping[str, Any], words: Mapping[str, str | None]
+) -> ProofOrder | None:
+    if _value(values, "mode") != "prove":
+        return None
+    options = {key: words[key] or "yes" for key in _FOR_THE_RESTORE if key in words}
+    _prove(values)  # what is wrong with them is said before a job is submitted
+    return ProofOrder(
+        options,
+        _value(values, "prove_console"),
+        _value(values, "prove_client"),
+        _value(values, "prove_restore_job"),
     )
 
 
@@ -466,6 +622,7 @@ def _instant(values: Mapping[str, Any]) -> Instant:
         target_storage=_value(values, "ir_target_storage"),
         auto_migrate=_value(values, "ir_auto_migrate"),
         timeout=_value(values, "ir_timeout"),
+        network=_value(values, "ir_network"),
         nbd_bind=bind,
         nbd_port=_value(values, "ir_nbd_port"),
         bwlimit=_value(values, "bwlimit"),

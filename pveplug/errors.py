@@ -5,6 +5,7 @@
 
     PveplugError
      ├─ ConfigError            which key, which value, why; before anything is touched
+     │   └─ DescriptionError       a foreign VM's description: which file, which line
      ├─ ProtocolError          abstract
      │   ├─ LocalProtocolError     we misused our own machine: a bug
      │   └─ RemoteProtocolError    the peer broke the rules: this connection is over
@@ -30,6 +31,19 @@ class ConfigError(PveplugError):
     def __init__(self, message: str, *, key: str | None = None) -> None:
         super().__init__(message)
         self.key = key
+
+
+class DescriptionError(ConfigError):
+    """A foreign VM's description is damaged, hostile, or of a kind that isn't read.
+
+    Attributes:
+        file: the file's name; ``line``: counted from 1, None where it has no place.
+    """
+
+    def __init__(self, reason: str, *, file: str, line: int | None = None) -> None:
+        super().__init__(f"{file}{f':{line}' if line else ''}: {reason}")
+        self.file = file
+        self.line = line
 
 
 class ProtocolError(PveplugError):

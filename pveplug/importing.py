@@ -12,14 +12,12 @@ format of the target; it becomes visible under its name when all of it is on dis
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import Final, Literal
 
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.events import Reporter
@@ -43,36 +41,13 @@ from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.nbd.sink import NbdSink
 from pveplug.node import Node
 from pveplug.pve_local import run
-from pveplug.units import GiB, MiB, human
+from pveplug.spill import FileSpill
+from pveplug.units import MiB, human
 
 PIECE: Final = 1 * MiB
-SPILL: Final = 4 * GiB
 _2000: Final = 946684800
 """The epoch of a VHD's times, in seconds since 1970."""
 _SECTOR: Final = 512
-
-
-class FileSpill:
-    """Where bytes wait whose place isn't known yet: an unnamed temporary file."""
-
-    def __init__(self, limit: int = SPILL) -> None:
-        self.limit = limit
-        self._file: BinaryIO = tempfile.TemporaryFile(prefix="pveplug-spill-")
-        self._end = 0
-
-    def append(self, data: memoryview) -> int:
-        at = self._end
-        self._file.seek(at)
-        self._file.write(data)
-        self._end += len(data)
-        return at
-
-    def read(self, offset: int, length: int) -> bytes:
-        self._file.flush()
-        return os.pread(self._file.fileno(), length, offset)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @dataclass(slots=True)
@@ -87,6 +62,11 @@ class Found:
     @property
     def name(self) -> str:
         return str(self.paths[0])
+
+    @property
+    def modified(self) -> int:
+        """When its file was modified, in seconds since 2000."""
+        return int(self.paths[0].stat().st_mtime) - _2000
 
     @property
     def size(self) -> int:
@@ -158,12 +138,12 @@ def look(paths: Sequence[Path]) -> list[Found]:
         images = [(tuple([*descriptors, *extents]), Format.VMDK_DESCRIPTOR)]
     else:
         images = [((path,), kind) for path, kind in kinds.items()]
-    found = [_one(files, kind) for files, kind in images]
+    found = [one_image(files, kind) for files, kind in images]
     if len(found) == 1:
         return found
     links = {
         image.name: (
-            Link(image.name, image.info, int(image.paths[0].stat().st_mtime) - _2000),
+            Link(image.name, image.info, image.modified),
             image,
         )
         for image in found
@@ -171,8 +151,13 @@ def look(paths: Sequence[Path]) -> list[Found]:
     return [links[link.name][1] for link in in_order(ln for ln, _ in links.values())]
 
 
-def _one(paths: tuple[Path, ...], kind: Format) -> Found:
-    with contextlib.closing(FileSpill()) as spill:
+def one_image(paths: tuple[Path, ...], kind: Format) -> Found:
+    """Look at one image: read as far as it says what it is.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    with FileSpill() as spill:
         for event in events(paths, kind, spill):
             if isinstance(event, ImageInfo):
                 return Found(paths, kind, event)
@@ -250,7 +235,7 @@ async def _apply(
 ) -> int:
     """Put one image upon what is there."""
     written = 0
-    with contextlib.closing(FileSpill()) as spill:
+    with FileSpill() as spill:
         async with aclosing(_in_thread(image, spill)) as coming:
             async for batch in coming:
                 for event in batch:

@@ -43,6 +43,8 @@ class Node:
     """Where copy-before-write scratch images go unless fleecing_storage is set."""
     landing_dir: str = "/var/lib/podheitor-proxmox/landing"
     """Where the disks of instant recoveries land; needs room for their data."""
+    bconsole: str = "bconsole"
+    """Bacula's console, for proofs as jobs of their own."""
     systemctl: str = "/usr/bin/systemctl"
     keeper: str = "unit"
     """What serves the disks of an instant recovery: ``unit``, the systemd unit
@@ -52,6 +54,9 @@ class Node:
     pve_port: int = 8006
     pve_node: str = ""
     """This node's name in the cluster; empty: the host name."""
+    import_options: str = ""
+    """Parameters of imports, as in a plug-in string: a job of another plug-in doesn't
+    say how this node's API is reached, nor where disks shall go."""
     log_file: str = ""
     """Where the backend logs; empty: the systemd journal's socket or nowhere."""
 

@@ -22,6 +22,7 @@ GROUPS: Final = {
     "selection": "Which VMs and disks",
     "capture": "How the backup is taken",
     "restore": "Where a restore goes",
+    "import": "What an import makes of another hypervisor's VM",
     "dr": "Disaster recovery",
     "ir": "Instant recovery and proof",
 }
@@ -480,8 +481,63 @@ def _restore_rows() -> Iterator[Parameter]:
         "restore_pool", v.POOL, None, "resource pool of the restored VM", "", "none"
     )
     yield row("restore_bwlimit", v.RATE, 0, "limit of writing", "", "0, none")
+    yield from _import_rows()
     yield from dr_rows()
     yield from ir_rows()
+
+
+def _import_rows() -> Iterator[Parameter]:
+    def row(name: str, type_: v.Type, default: object, *texts: str) -> Parameter:
+        return Parameter(
+            name,
+            type_,
+            default,
+            "import",
+            texts[0],
+            texts[1] if len(texts) > 1 else "",
+            restore_option=True,
+            default_text=texts[2] if len(texts) > 2 else "",
+        )
+
+    described = "as it is described"
+    yield row(
+        "import_cores",
+        v.integer(1, 8192),
+        None,
+        "cores of the VM",
+        "In one socket. Wins over the description.",
+        f"{described}; without a description 2",
+    )
+    yield row(
+        "import_memory",
+        v.integer(16, 4 << 20),
+        None,
+        "memory of the VM in MiB",
+        "Wins over the description.",
+        f"{described}; without a description 2048",
+    )
+    yield row(
+        "import_firmware",
+        v.choice("auto", "bios", "uefi"),
+        "auto",
+        "what starts the guest",
+        "auto: as it is described, checked against the boot disk's partition table; "
+        "without a description that table decides.",
+    )
+    yield row(
+        "import_raw",
+        v.GLOBS,
+        (),
+        "images that are raw disks, by name, as data-*.vmdk",
+        "For those that begin like no known disk: such a file may as well be an "
+        "increment in a format nobody knows, and is refused otherwise.",
+    )
+    yield row(
+        "import_verify",
+        v.BOOLEAN,
+        False,
+        "read every disk back and compare it before the VM is handed over",
+    )
 
 
 PARAMETERS: Final[dict[str, Parameter]] = {row.name: row for row in _rows()}
@@ -541,8 +597,8 @@ def restore_template() -> str:
     """
     blocks = []
     for row in PARAMETERS.values():
-        if not row.restore_option:
-            continue
+        if not row.restore_option or row.group == "import":
+            continue  # jobs of other plug-ins bring a menu of their own, if any
         prompt = row.summary[0].upper() + row.summary[1:]
         lines = [f'OptPrompt="{prompt}"']
         if row.group == "restore" and row.default is not None:

@@ -36,6 +36,9 @@ def ir_rows() -> Iterator[Parameter]:
             default_text=text,
         )
 
+    def job_row(name: str, kind: v.Type, summary: str, text: str) -> Parameter:
+        return Parameter(name, kind, None, "ir", summary, default_text=text)
+
     yield row(
         "ir_overlay_storage",
         v.STORAGE,
@@ -67,6 +70,15 @@ def ir_rows() -> Iterator[Parameter]:
         "how long the guest may wait for data that doesn't come",
         detail="Reads of missing data wait so long; then the VM is paused with the "
         "reason in its notes. Running the restore job again goes on where it was.",
+    )
+    yield row(
+        "ir_network",
+        v.choice("auto", "up", "down"),
+        "auto",
+        "whether the recovered VM's network cards are plugged in",
+        detail="down: each gets link_down=1. auto: down where the original VM still "
+        "exists, else up; two of one address must not meet. bridge_map and mac "
+        "hold as in every restore.",
     )
     yield row(
         "ir_nbd_bind",
@@ -115,6 +127,24 @@ def ir_rows() -> Iterator[Parameter]:
         None,
         "MiB of memory at most while it is proved",
         text="as the VM has",
+    )
+    yield job_row(
+        "prove_console",
+        v.PATH,
+        "file on the node: bconsole's configuration (mode=prove as a job)",
+        "bconsole's own default",
+    )
+    yield job_row(
+        "prove_client",
+        v.TEXT,
+        "client of Bacula's that restores for the proof",
+        "the client of the backup",
+    )
+    yield job_row(
+        "prove_restore_job",
+        v.TEXT,
+        "Bacula's Job of Type = Restore for the proof",
+        "the only one there is",
     )
     yield row(
         "prove_report",

@@ -14,7 +14,7 @@ from typing import Final
 
 from pveplug.errors import ConfigError
 from pveplug.proving.verdict import Evidence, Wanted
-from pveplug.vmconfig import drives, parse_bool, properties, render_properties
+from pveplug.vmconfig import drives, has_agent, properties, render_properties
 
 _DROPPED: Final = re.compile(
     r"net\d+|ipconfig\d+|hostpci\d+|usb\d+|parallel\d+|virtiofs\d+|unused\d+"
@@ -28,6 +28,8 @@ _ROUTINE: Final = re.compile(
 )
 """What is taken out without a word."""
 _MIN_MEMORY: Final = 16
+_CIRRUS: Final = ("wxp", "w2k", "w2k3")
+"""Guests whose display is another one unless their configuration names it."""
 _VGA_WITHOUT_PICTURE: Final = re.compile(r"none|serial\d")
 
 
@@ -91,6 +93,8 @@ def config_for_proof(
     if _VGA_WITHOUT_PICTURE.fullmatch(values.get("vga", "").partition(",")[0]):
         dropped.append(("vga", f"{values['vga']} has no picture: std instead"))
         values["vga"] = "std"
+    elif "vga" not in values and values.get("ostype") not in _CIRRUS:
+        values["vga"] = "std"
     if freeze:
         values["freeze"] = "1"
     else:
@@ -105,7 +109,8 @@ def _without_nics_in_boot_order(values: dict[str, str]) -> None:
     parts = properties(text, "legacy") if text else {}
     if "order" not in parts:
         return
-    kept = [d for d in parts["order"].split(";") if d and d in values]
+    # By their kind: the disks may be attached later, as in a restore.
+    kept = [d for d in parts["order"].split(";") if d and not _DROPPED.fullmatch(d)]
     if kept:
         values["boot"] = render_properties({**parts, "order": ";".join(kept)}, "legacy")
     else:
@@ -129,14 +134,6 @@ def _cap_memory(values: dict[str, str], most: int) -> None:
     if hotplug is not None:
         kept = [part for part in hotplug.split(",") if part != "memory"]
         values["hotplug"] = ",".join(kept) or "0"
-
-
-def has_agent(config: Mapping[str, str]) -> bool:
-    """Whether the VM's configuration says that a guest agent answers."""
-    try:
-        return parse_bool(properties(config.get("agent", "0"), "enabled")["enabled"])
-    except (ConfigError, KeyError):
-        return False
 
 
 def wanted_for(

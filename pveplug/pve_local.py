@@ -256,14 +256,6 @@ class PveLocal:
 
     # --- a VM as a whole -----------------------------------------------------------
 
-    async def suspend(self, vmid: int) -> None:
-        """Pause the VM's processors; it goes on with :meth:`resume`."""
-        await self._run([self.node.qm, "suspend", str(vmid)])
-
-    async def resume(self, vmid: int) -> None:
-        """Let a paused VM go on."""
-        await self._run([self.node.qm, "resume", str(vmid)])
-
     async def stop_vm(self, vmid: int) -> None:
         """Stop the VM at once, as if its power failed, whatever lock it carries."""
         argv = [self.node.qm, "stop", str(vmid), "--skiplock", "1"]

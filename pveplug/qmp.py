@@ -156,6 +156,12 @@ async def _connect(client: QMPClient, path: str) -> None:
             if spoilt > SPOILT_GREETINGS:
                 raise
             log.info("qmp path=%s connect=%s", path, _cause(error))
+        except BaseException:
+            # Cancelled in the middle: nobody else knows of the socket yet.
+            await _leave(client)
+            if channel is not None:
+                channel.close()
+            raise
         await asyncio.sleep(0.1)
 
 

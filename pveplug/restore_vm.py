@@ -106,6 +106,7 @@ class VmTarget:
         self._replaced: dict[str, str] = {}
         self._plan: RestorePlan | None = None
         self._adopted = False
+        self._original_exists = False
         self._stale: list[str] = []
         """Keys the VM was created with that its newest configuration doesn't have."""
         self._surplus: list[str] = []
@@ -225,7 +226,7 @@ class VmTarget:
         self, resources: Mapping[int, Resource], replaced: int | None
     ) -> Target:
         storages = {
-            s.name: TargetStorage(s.name, _formats(s))
+            s.name: TargetStorage(s.name, formats_of(s))
             for s in self._storages.values()
             if s.holds_images and s.active and s.enabled
         }
@@ -236,6 +237,7 @@ class VmTarget:
             with contextlib.suppress(PveplugError):
                 config = await self._api.vm_config(twin.node, twin.vmid)
                 there = smbios_uuid(config.values) == manifest.uuid
+        self._original_exists = there
         return Target(
             storages=storages,
             is_root=self._config.connection.user == "root@pam",
@@ -367,18 +369,7 @@ class VmTarget:
     def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for a write that the target storage refused."""
         storage = self._goal.volumes[key].plan.storage
-        full = isinstance(error, NbdError) and error.errno == ENOSPC
-        return JobError(
-            f"No space left on storage {storage}: {error}."
-            if full
-            else f"storage {storage} refused a write: {error}.",
-            vm=str(self.vmid),
-            disk=key,
-            phase="write",
-            remedy="free space there or name another restore_storage."
-            if full
-            else "see the node's kernel log, or name another restore_storage.",
-        )
+        return write_refused(self.vmid, key, storage, error)
 
     # --- the end ---------------------------------------------------------------------
 
@@ -496,7 +487,7 @@ class VmTarget:
         await self._made.undo()
 
 
-def _formats(storage: Storage) -> tuple[str, ...]:
+def formats_of(storage: Storage) -> tuple[str, ...]:
     """Return a storage's formats, its default first."""
     default = storage.default_format
     found = [
@@ -504,3 +495,19 @@ def _formats(storage: Storage) -> tuple[str, ...]:
     ]
     first = [default] if default in ("raw", "qcow2", "vmdk") else []
     return tuple(first + found) or ("raw",)
+
+
+def write_refused(vmid: int, disk: str, storage: str, error: RequestError) -> JobError:
+    """Return the error for a write that a storage refused."""
+    full = isinstance(error, NbdError) and error.errno == ENOSPC
+    return JobError(
+        f"No space left on storage {storage}: {error}."
+        if full
+        else f"storage {storage} refused a write: {error}.",
+        vm=str(vmid),
+        disk=disk,
+        phase="write",
+        remedy="free space there or name another restore_storage."
+        if full
+        else "see the node's kernel log, or name another restore_storage.",
+    )

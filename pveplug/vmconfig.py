@@ -161,6 +161,14 @@ def render_properties(parts: Mapping[str, str], default_key: str = "") -> str:
     return ",".join(v if k == default_key else f"{k}={v}" for k, v in parts.items())
 
 
+def has_agent(config: Mapping[str, str]) -> bool:
+    """Whether the VM's configuration says that a guest agent answers."""
+    try:
+        return parse_bool(properties(config.get("agent", "0"), "enabled")["enabled"])
+    except (ConfigError, KeyError):
+        return False
+
+
 def is_drive_key(key: str) -> bool:
     """Whether the key holds a drive PVE can attach: scsi0, efidisk0, …."""
     if key in _SINGLE_DRIVES:

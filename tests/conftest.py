@@ -41,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "optional(reason): may be skipped in CI too, and why"
     )
+    config.addinivalue_line(
+        "markers", "alone: asserts on times so short that no test may run beside it"
+    )
 
 
 @pytest.hookimpl(wrapper=True)

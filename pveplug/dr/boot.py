@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from pveplug.errors import ConfigError, PveplugError, TransportError
+from pveplug.errors import PveplugError, TransportError
 from pveplug.events import Reporter
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.pve import PveApi
-from pveplug.vmconfig import parse_bool, properties
+from pveplug.vmconfig import has_agent
 
 POLL_S: Final = 0.5
 SETTLE_S: Final = 15.0
@@ -37,14 +36,6 @@ class Booted:
 
     verdict: str
     seconds: float
-
-
-def has_agent(config: Mapping[str, str]) -> bool:
-    """Whether the VM's configuration says that a guest agent answers."""
-    try:
-        return parse_bool(properties(config.get("agent", "0"), "enabled")["enabled"])
-    except (ConfigError, KeyError):
-        return False
 
 
 async def boot(

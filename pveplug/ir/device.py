@@ -10,6 +10,7 @@ marking and ringing. Nothing runs while nobody waits.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ _STATUS: Final = re.compile(rb"\x02+|[\x00\x01]+")
 
 _DATA: Final = int(Mark.DATA)
 _ZERO: Final = int(Mark.ZERO)
+
+log = logging.getLogger(__name__)
 
 
 class _Waiter:
@@ -67,6 +70,7 @@ class LandingDevice:
         self._waiters: dict[int, set[_Waiter]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None  # while somebody waits
         self._timer: asyncio.TimerHandle | None = None
+        self._orphaned = False
 
     def __enter__(self) -> Self:
         return self
@@ -197,6 +201,12 @@ class LandingDevice:
     def _look_again(self) -> None:
         assert self._loop is not None  # noqa: S101
         self._timer = self._loop.call_later(LOOK_S, self._look_again)
+        if not self._orphaned and not self._landing.is_live():
+            self._orphaned = True
+            log.error(
+                "landing-removed live=%s remedy=start what serves it anew, it goes on",
+                self._landing.files.live,
+            )
         self._look()
 
     def _look(self) -> None:

@@ -6,7 +6,7 @@ One per VM, apart from Bacula and its jobs, for the VM must not depend on them::
     landing store ──► LandingDevice ──► NBD server ──► QEMU's overlay
          ▲ doorbell                        │
     restore jobs                     all here: `qm disk move`, one disk after the other
-                                     nothing comes for ir_timeout: `qm suspend`
+                                     nothing comes for ir_timeout: it is paused
 
 It is root on its node and holds no credential: what it does to the VM goes through
 ``qm``. It never destroys a VM and never touches an overlay; when its disks have moved
@@ -313,7 +313,7 @@ class Keeper:
             # Reads failed, as their link was away for longer than QEMU waits. It is
             # back; what failed is done again.
             log.warning("ir-stopped vm=%s goes on", vmid)
-            await self._quietly(self._local.resume(vmid))
+            await self._quietly(pausing.resume(self._local, vmid))
 
     def _orphaned(self, record: Record, fed: bool, now: float) -> bool:
         """Whether nobody makes it any more, and nobody took it over."""

@@ -30,7 +30,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
@@ -85,29 +85,24 @@ class LandingError(RequestError):
 class Files:
     """Where the parts of a landing are."""
 
+    key: str
     folder: Path
     live_folder: Path
-    key: str
+    data: Path
+    map: Path
+    live: Path
+    bell: Path
+    lock: Path
 
-    @property
-    def data(self) -> Path:
-        return self.folder / f"{self.key}.data"
-
-    @property
-    def map(self) -> Path:
-        return self.folder / f"{self.key}.map"
-
-    @property
-    def live(self) -> Path:
-        return self.live_folder / f"{self.key}.live"
-
-    @property
-    def bell(self) -> Path:
-        return self.live_folder / f"{self.key}.bell"
-
-    @property
-    def lock(self) -> Path:
-        return self.live_folder / f"{self.key}.lock"
+    @classmethod
+    def of(cls, folder: Path, live_folder: Path, key: str) -> Files:
+        if not _KEY.fullmatch(key):
+            raise LocalProtocolError(f"{key!r} can't name a landing")
+        return cls(
+            *(key, folder, live_folder),
+            *(folder / f"{key}.data", folder / f"{key}.map"),
+            *(live_folder / f"{key}.{part}" for part in ("live", "bell", "lock")),
+        )
 
 
 class Landing:
@@ -165,7 +160,7 @@ class Landing:
         Raises:
             IntegrityError: there is one of this name.
         """
-        files = _files(folder, live_folder, key)
+        files = Files.of(folder, live_folder, key)
         if not (size > 0 and MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS):
             text = f"a landing of {size} bytes in clusters of 2^{cluster_bits}"
             raise LocalProtocolError(text)
@@ -198,7 +193,7 @@ class Landing:
         Raises:
             IntegrityError: there is none, or a file of it is damaged or foreign.
         """
-        files = _files(folder, live_folder, key)
+        files = Files.of(folder, live_folder, key)
         if not files.map.exists():
             raise IntegrityError(
                 f"{folder} has no landing of {key}. Remedy: start the recovery anew"
@@ -209,7 +204,7 @@ class Landing:
     @staticmethod
     def exists(folder: Path, key: str) -> bool:
         """Whether :meth:`open` would find one."""
-        return _files(folder, folder, key).map.exists()
+        return Files.of(folder, folder, key).map.exists()
 
     @classmethod
     def _opened(cls, files: Files, locks: Locks) -> Self:
@@ -328,7 +323,7 @@ class Landing:
                 fresh += high - low
                 self._land(start, stop, view[low:high])
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return fresh
 
     def zero(self, offset: int, length: int) -> int:
@@ -336,18 +331,25 @@ class Landing:
 
         Returns: how many bytes weren't there before.
         """
-        first, last = self._whole(offset, length)
+        return self.zero_all([(offset, length)])
+
+    def zero_all(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Do :meth:`zero` for many (offset, length) at the cost of one."""
+        wanted = [self._whole(offset, length) for offset, length in ranges]
         fresh = 0
         with self._marking():
-            for start in range(HEAD + first, HEAD + last, WINDOW):
-                stop = min(start + WINDOW, HEAD + last)
-                before = self.marks[start:stop]
-                if owed := before.count(0):
-                    fresh += owed
-                    self.marks[start:stop] = before.translate(_ZEROED)
+            for first, last in wanted:
+                for start in range(HEAD + first, HEAD + last, WINDOW):
+                    stop = min(start + WINDOW, HEAD + last)
+                    before = self.marks[start:stop]
+                    if owed := before.count(0):
+                        fresh += owed << self.cluster_bits
+                        if stop == HEAD + self.clusters and not before[-1]:
+                            fresh -= (self.clusters << self.cluster_bits) - self.size
+                        self.marks[start:stop] = before.translate(_ZEROED)
         if fresh:
-            self._ringer.ring()
-        return min(fresh << self.cluster_bits, length)
+            self._ring()
+        return fresh
 
     def put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write any bytes of what is owed, without marking; the rest is left alone."""
@@ -378,7 +380,7 @@ class Landing:
                     self.marks[at : at + count] = bytes([mark]) * count
                 fresh += min(stop << bits, self.size) - (start << bits)
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return fresh
 
     def adopt(self, offset: int, length: int) -> int:
@@ -398,7 +400,7 @@ class Landing:
                     self.marks[HEAD + number] = Mark.ZERO if zero else Mark.DATA
                     fresh += size
         if fresh:
-            self._ringer.ring()
+            self._ring()
         return fresh
 
     def clear_owed(self) -> None:
@@ -416,8 +418,7 @@ class Landing:
                 text = f"landing {self.files.data} is being served and can't be reset"
                 raise LocalProtocolError(text)
             nothing = bytes(self.clusters)
-            with _translated(self.files.map):
-                write_durable(self.files.map, self._header, nothing)
+            write_durable(self.files.map, self._header, nothing)
             self._synced = b""
             self.marks[HEAD:] = nothing
             self._punch(0, self.size)
@@ -434,18 +435,20 @@ class Landing:
         with self._durable():
             # Each mark in this copy was made after its bytes were written.
             marks = self.marks[HEAD:]
-            with _translated(self.files.map):
-                check_marks_of(marks, self)
-                digest = blake3(marks).digest()
-                if digest == self._synced:
-                    return False
-                try:
-                    os.fdatasync(self.fd)
-                except OSError:
-                    self._take_back()
-                    raise
-                write_durable(self.files.map, self._header, marks)
-                self._synced = digest
+            try:
+                check_marks(marks)
+            except ValueError:
+                raise self._spoilt() from None
+            digest = blake3(marks).digest()
+            if digest == self._synced:
+                return False
+            try:
+                os.fdatasync(self.fd)
+            except OSError:
+                self._take_back()
+                raise
+            write_durable(self.files.map, self._header, marks)
+            self._synced = digest
         return True
 
     # -- for feeders ------------------------------------------------------------
@@ -501,6 +504,10 @@ class Landing:
         with _translated(self.files.map), self._syncing:
             with self._locks.held(Place.DURABLE):
                 yield
+
+    def _ring(self) -> None:
+        with _translated(self.files.bell), self._thread:
+            self._ringer.ring()
 
     def is_live(self) -> bool:
         """Whether the map we have is still the one others find."""
@@ -602,20 +609,6 @@ class Landing:
         with self._thread, self._locks.held(Place.MARKS):
             self.marks[HEAD:] = marks
         self._synced = b""
-
-
-def check_marks_of(marks: bytes, landing: Landing) -> None:
-    """Raise IntegrityError where a live map was spoilt by somebody."""
-    try:
-        check_marks(marks)
-    except ValueError:
-        raise landing._spoilt() from None
-
-
-def _files(folder: Path, live_folder: Path, key: str) -> Files:
-    if not _KEY.fullmatch(key):
-        raise LocalProtocolError(f"{key!r} can't name a landing")
-    return Files(folder, live_folder, key)
 
 
 @contextlib.contextmanager

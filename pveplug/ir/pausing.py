@@ -7,6 +7,7 @@ must never be ended by us. The text is kept below /run: a reboot ends QEMU, too.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from pathlib import Path
 from typing import Final
@@ -15,9 +16,12 @@ from pveplug.errors import PveplugError, TransportError
 from pveplug.ir.notes import noted
 from pveplug.ir.record import Recovery
 from pveplug.pve_local import PveLocal
+from pveplug.qmp import qmp_session
 from pveplug.units import human
 
 _FILE: Final = "paused"
+RESUMES: Final = 20
+SETTLE_S: Final = 0.5
 
 
 def late(vmid: int, owed: int, timeout_s: int, head: str) -> str:
@@ -60,7 +64,7 @@ async def pause(local: PveLocal, recovery: Recovery, text: str) -> None:
         raise TransportError(f"{_place(recovery)}: {error.strerror}") from error
     try:
         if local.vm_running(recovery.vmid) is not None:
-            await local.suspend(recovery.vmid)
+            await _stop(local, recovery.vmid)
     finally:
         await describe(local, recovery.vmid, text)
 
@@ -72,10 +76,32 @@ async def go_on(local: PveLocal, recovery: Recovery, note: str) -> None:
         PveplugError: PVE refuses; the pause stays ours.
     """
     if local.vm_running(recovery.vmid) is not None:
-        await local.resume(recovery.vmid)
+        await resume(local, recovery.vmid)
     with contextlib.suppress(OSError):
         _place(recovery).unlink()
     await describe(local, recovery.vmid, note)
+
+
+async def _stop(local: PveLocal, vmid: int) -> None:
+    # Not by `qm suspend`: a move holds the lock that it needs for as long as it lasts.
+    async with qmp_session(local.node.qmp_socket(vmid)) as qmp:
+        await qmp.execute("stop")
+
+
+async def resume(local: PveLocal, vmid: int) -> None:
+    """Continue a guest, again where QEMU has yet to find its server.
+
+    Raises:
+        PveplugError: it does not go on.
+    """
+    for _ in range(RESUMES):
+        async with qmp_session(local.node.qmp_socket(vmid)) as qmp:
+            await qmp.execute("cont")
+        await asyncio.sleep(SETTLE_S)
+        async with qmp_session(local.node.qmp_socket(vmid)) as qmp:
+            if (await qmp.execute("query-status"))["status"] == "running":
+                return
+    raise PveplugError(f"VM {vmid} stays paused: look at it, then qm resume {vmid}")
 
 
 async def describe(local: PveLocal, vmid: int, text: str) -> None:

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S: Final = 1.0
 LOOK_LIMIT_S: Final = 15.0
 """A look that takes longer is given up; the next one may succeed."""
+LAST_LOOK_S: Final = 3.0
 MONITOR_BUSY_S: Final = 10.0
 PING_S: Final = 3.0
 DRAIN_S: Final = 0.5
@@ -50,6 +51,9 @@ DRAIN_S: Final = 0.5
 CONSOLE_S: Final = 5.0
 """How long a VM that was started frozen waits for its console's reader."""
 PICTURE: Final = "screen.png"
+_OWN: Final = "prove-"
+"""How directories begin that we make for pictures."""
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 async def watch(
@@ -73,9 +77,17 @@ async def watch(
     Cancelling leaves nothing running and the VM as it is. It raises no error of ours:
     what can't be seen is in the verdict.
     """
-    if folder is None:
-        folder = await asyncio.to_thread(_fresh, node, vmid)
-    return await _Watch(node, vmid, wanted, folder, look_every_s).run()
+    if folder is not None:
+        return await _Watch(node, vmid, wanted, folder, look_every_s).run()
+    own = await asyncio.to_thread(_fresh, node, vmid)
+    kept = False
+    try:
+        verdict = await _Watch(node, vmid, wanted, own, look_every_s).run()
+        kept = verdict.screenshot is not None
+        return verdict
+    finally:
+        if not kept:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 class _Watch:
@@ -116,8 +128,9 @@ class _Watch:
             self._judge.time_is_up()
         seconds = self._now
         if not self._decided_by_look:
-            with contextlib.suppress(PveplugError, TimeoutError):
-                await self._look_once()  # the picture of the end
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(LAST_LOOK_S):
+                    await self._look_once()  # the picture of the end
         outcome, reason = self._judge.decision or _undecided()
         return Verdict(
             outcome=outcome,
@@ -221,8 +234,9 @@ class _Watch:
                     self._judge.vm_ended()
             except TimeoutError:
                 self._note("a look at the VM's monitor took too long and was given up")
-            except PveplugError as error:
-                self._note(f"a look at the VM's monitor failed: {error}")
+            except Exception as error:
+                # qemu.qmp lets through what hostile bytes give: UnicodeDecodeError.
+                self._note(f"a look at the VM's monitor failed: {error}"[:300])
             else:
                 if look.status in ENDED:
                     await asyncio.sleep(DRAIN_S)
@@ -318,9 +332,7 @@ def _undecided() -> Any:
 
 def _read(file: Path, before: Screen | None) -> Screen:
     """Read a picture that QEMU has written; the last one where nothing has changed."""
-    with open(
-        os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb"
-    ) as opened:
+    with open(os.open(file, _READ), "rb") as opened:
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             raise RemoteProtocolError("QEMU's picture of the screen is no file")
         data = opened.read(MAX_FILE + 1)
@@ -335,7 +347,7 @@ def _fresh(node: Node, vmid: int) -> Path:
     """Make an empty directory for this VM's pictures, mode 0700."""
     runtime = Path(node.runtime_dir)
     runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = runtime / f"prove-{vmid}"
+    folder = runtime / f"{_OWN}{vmid}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     return folder
@@ -371,7 +383,10 @@ def _write_report(directory: Path, subject: Subject, verdict: Verdict) -> Path:
     if shot:
         taken = Path(shot.path)
         taken.unlink(missing_ok=True)
-        if taken.parent.name == f"prove-{subject.vmid}":
+        if taken.parent.name in (
+            _OWN + str(subject.vmid),
+            _OWN + str(subject.proved_as),
+        ):
             shutil.rmtree(taken.parent, ignore_errors=True)
     return path
 

@@ -33,9 +33,8 @@ class PatternError(PveplugError):
 class Matcher:
     """Matches in a process of its own; ``async with Matcher(pattern) as matcher``."""
 
-    def __init__(self, pattern: str, *, timeout_s: float = MATCH_S) -> None:
+    def __init__(self, pattern: str) -> None:
         self._pattern = pattern
-        self._timeout_s = timeout_s
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
@@ -71,13 +70,13 @@ class Matcher:
         if process is None or process.stdin is None or process.stdout is None:
             raise PatternError("the matcher of prove_serial was not started")
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(MATCH_S):
                 process.stdin.write(json.dumps(list(lines)).encode() + b"\n")
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
         except TimeoutError:
             raise PatternError(
-                f"prove_serial takes over {self._timeout_s:g} s for a few lines of the "
+                f"prove_serial takes over {MATCH_S:g} s for a few lines of the "
                 "console; write it without nested repetitions"
             ) from None
         except OSError as error:

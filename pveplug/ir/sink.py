@@ -337,17 +337,18 @@ class LandingSink:
 
     def _zero(self, ranges: list[tuple[int, int]]) -> int:
         landed = 0
+        whole: list[tuple[int, int]] = []
         for start, end in ranges:
             if not self._final:
                 self._landing.put_zeroes(start, end - start)
                 continue
-            for low, high, whole in self._cut(start, end):
-                if whole:
-                    landed += self._landing.zero(low, high - low)
+            for low, high, all_of_it in self._cut(start, end):
+                if all_of_it:
+                    whole.append((low, high - low))
                     self._forget(low, high)
                 else:
                     landed += self._piece(low, high, None)
-        return landed
+        return landed + (self._landing.zero_all(whole) if whole else 0)
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, bool]]:
         """Cut a range into (start, end, is it whole clusters)."""

@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from pveplug.errors import (
     TruncatedError,
 )
 from pveplug.events import Reporter
+from pveplug.images.edges import Edges
 from pveplug.ir import overlay, pausing
 from pveplug.ir.control import State, ask, retire, start_keeper
 from pveplug.ir.firmware import copy_landed
@@ -51,8 +53,9 @@ from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.restore_vm import Goal, VmTarget, Volume
 from pveplug.tasks import to_the_end
 from pveplug.units import human
-from pveplug.vmconfig import drives, smbios_uuid
-from pveplug.vmrestore import DiskPlan, RestorePlan
+from pveplug.values import Mapped
+from pveplug.vmconfig import drives, properties, render_properties, smbios_uuid
+from pveplug.vmrestore import DiskPlan, RestorePlan, Wishes
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ class InstantTarget(VmTarget):
         self._instant = instant
         self._landings: dict[str, Landing] = {}
         self._sinks: dict[str, LandingSink] = {}
+        self._blank: set[str] = set()
+        """Disks of which all that reads as zeroes is marked."""
         self._feeding = contextlib.AsyncExitStack()
         self._recovery: Recovery | None = None
         self._record: Record | None = None
@@ -134,6 +139,35 @@ class InstantTarget(VmTarget):
         self._check_room()
         await self._establish(job)
         self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    def _wishes(self) -> Wishes:
+        """As in a restore; ``ir_target_storage`` is where all disks end."""
+        wishes = super()._wishes()
+        if self._instant.target_storage is None:
+            return wishes
+        return dataclasses.replace(
+            wishes, storage=self._instant.target_storage, storage_map=Mapped()
+        )
+
+    def _shaped(self, plan: RestorePlan) -> RestorePlan:
+        """Unplug the network cards where two VMs of one address could meet."""
+        wish = self._instant.network
+        if wish == "up" or (wish == "auto" and not self._original_exists):
+            return plan
+        params = {
+            key: _unplugged(value) if re.fullmatch(r"net\d+", key) else value
+            for key, value in plan.params.items()
+        }
+        if params == plan.params:
+            return plan
+        why = "ir_network=down" if wish == "down" else "the original VM still exists"
+        warning = (
+            f"its network cards are unplugged (link_down=1), for {why}; plug them in "
+            "in Proxmox VE, or give ir_network=up"
+        )
+        return dataclasses.replace(
+            plan, params=params, warnings=(*plan.warnings, warning)
+        )
 
     async def _resume(self, job: str) -> bool:
         """Go on with a recovery of the same backup that isn't complete.
@@ -369,6 +403,50 @@ class InstantTarget(VmTarget):
         await writer.begin(sink, self._landings[key].size)
         return writer
 
+    async def take_edges(self, job: str, edges: Edges) -> None:
+        """Land the copies of which a job has the last word, ahead of its images.
+
+        With them all that reads as zeroes in the end: no job brings that.
+
+        Raises:
+            IntegrityError: they are not of this job's disks, or not what was stored.
+            JobError: the landing store refused a write.
+        """
+        chain = self._goal.chain
+        if chain is None:
+            return
+        for key, volume in self._goal.volumes.items():
+            if not chain.mapped(key):
+                continue
+            entry = chain.disk(job, key)
+            copies = edges.disks.get(entry.key) if entry else None
+            if entry and copies and copies.size != entry.size:
+                raise IntegrityError(
+                    f"job {job}: edges are of a disk {entry.key} of {copies.size} "
+                    f"bytes, its manifest says {entry.size}"
+                )
+            known = key in self._blank
+            if known and (copies is None or not copies.runs):
+                continue
+            # A writer of its own, for the one of the images keeps its buffers.
+            writer = volume.writer or DiskWriter(
+                key, chain=chain, zeroed=known, limit=self._limit
+            )
+            try:
+                if writer is not volume.writer:
+                    landing = self._landings[key]
+                    await writer.begin(LandingSink(landing), landing.size)
+                if copies is not None:
+                    await writer.copy(job, copies)
+                if writer is not volume.writer:
+                    await writer.finish()
+            except LandingError as error:
+                raise self.write_failed(key, error) from error
+            finally:
+                if writer is not volume.writer:
+                    await writer.give_up()
+            self._blank.add(key)
+
     def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for what the landing store refused."""
         return JobError(
@@ -564,7 +642,7 @@ class InstantTarget(VmTarget):
                 job
                 for key in owed
                 for job in (chain.members(key) if chain else ())
-                if job not in self._written_jobs(key)
+                if self._owes(job, key)
             }
         )
         listed = ", ".join(f"{key} {human(size)}" for key, size in sorted(owed.items()))
@@ -575,9 +653,17 @@ class InstantTarget(VmTarget):
             "(pveplug ir start does)"
         )
 
-    def _written_jobs(self, key: str) -> list[str]:
-        volume = self._goal.volumes.get(key)
-        return volume.writer.written.jobs if volume and volume.writer else []
+    def _owes(self, job: str, key: str) -> bool:
+        """Whether something that only this job has is still to come."""
+        chain = self._goal.chain
+        if chain is None or not chain.mapped(key):
+            return True
+        landing = self._landings[key]
+        return any(
+            mark is Mark.OWED
+            for run in chain.owned(job, key).data_runs()
+            for *_, mark in landing.kinds(run.offset, run.length)
+        )
 
     async def _see_it_move(self) -> None:
         """Wait for the keeper's migration and tell how it goes."""
@@ -659,6 +745,11 @@ class InstantTarget(VmTarget):
                 await retire(self._node, self._recovery)
         await self._feeding.aclose()
         await self._made.undo()
+
+
+def _unplugged(value: str) -> str:
+    parts = properties(value, "model")
+    return render_properties({**parts, "link_down": "1"}, "model")
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -265,8 +265,8 @@ def refusal(text: str, lines: Sequence[str]) -> PveplugError | None:
     if re.search(rf"^{re.escape(word)}: is an invalid command", text, re.M):
         return RequestError(
             f"this console may not say {word!r}: its CommandACL in the Director's "
-            "configuration lacks it; needed are llist, list, restore, cancel, wait, "
-            "status, .status and .bvfs_get_jobids, and WhereACL for restores"
+            "configuration lacks it; needed are llist, list, restore and .jobs, better "
+            "also .bvfs_get_jobids, .status and cancel, and WhereACL = *all*"
         )
     if found := re.search(
         r"^(.*\bnot authorized\b.*|No authorization .*|Not authorized .*)$", text, re.M

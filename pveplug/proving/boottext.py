@@ -61,10 +61,11 @@ _NOT_THE_SYSTEMS: Final = re.compile(
     r"|Loading (?:initial ramdisk|Linux )"
     r"|Booting from (?:Hard Disk|DVD|CD|ROM|Floppy)"
     r"|GRUB loading|Welcome to GRUB|Booting `"
+    r"|Begin: (?:Running|Waiting)|[Ww]aiting for root|A start job is running"
     r"|Decompressing Linux|Booting the kernel|KASLR disabled|EFI stub:"
     r"|SeaBIOS \(version"
 )
-"""What QEMU, firmware and loaders leave on a screen when the system draws nothing."""
+"""Last words on a screen whose system has drawn nothing yet, or still waits."""
 MAX_LINE: Final = 500
 """Characters of a line that are looked at."""
 

@@ -87,7 +87,7 @@ class Judge:
         self._last: Look | None = None
         self._left_over: list[Picture] = []
         self._kernel = False
-        self._still: Screen | None = None
+        self._still: list[Picture] = []
         self._still_since = 0.0
         self._alive_while_still = False
         self._standing: tuple[str, float] | None = None
@@ -120,7 +120,7 @@ class Judge:
     def no_screen(self, why: str) -> None:
         """A look had no picture."""
         self._why_no_screen = why
-        self._still = None
+        self._still = []
 
     def looked(self, now: float, look: Look) -> None:
         """A look at the monitor succeeded."""
@@ -190,7 +190,7 @@ class Judge:
 
     def _restarted(self) -> None:
         self._kernel = False
-        self._still = None
+        self._still = []
         self.resets += 1
         if self.resets >= MAX_RESETS:
             self._decide(
@@ -204,9 +204,9 @@ class Judge:
             if why := failure_in(line):
                 self._decide(Outcome.FAILED, f"{why} (screen)")
                 return
-        if self._still is None or not screen.picture.is_like(self._still.picture):
+        if not self._is_still(screen.picture):
+            self._still = [screen.picture]
             self._still_since, self._alive_while_still = now, False
-        self._still = screen
         self._alive_while_still |= activity is Activity.ALIVE
         stable_s = now - self._still_since
         why_not = self._why_not(screen, activity)
@@ -220,6 +220,19 @@ class Judge:
             now,
             f"an operating system's screen was stable for {stable_s:.1f} s",
         )
+
+    def _is_still(self, picture: Picture) -> bool:
+        """Whether the screen is as it was, but for a cursor that blinks.
+
+        A cursor is there or not: two pictures. A third one, however little differs, is
+        a clock or a counter: "a start job is running for /dev/sdb (12s / 1min 30s)".
+        """
+        if picture in self._still:
+            return True
+        if len(self._still) == 1 and picture.is_like(self._still[0]):
+            self._still.append(picture)
+            return True
+        return False
 
     def _why_not(self, screen: Screen, activity: Activity | None) -> str | None:
         """Return why this screen, however stable, is no evidence; None if it is."""

@@ -47,7 +47,8 @@ class Subject:
     @property
     def file_name(self) -> str:
         """Name of the report's files without a suffix: ``100-20260314T031500Z``."""
-        moment = re.sub(r"[^0-9A-Za-z]", "", self.started)[:24] or "undated"
+        started = self.started.replace("+00:00", "Z")
+        moment = re.sub(r"[^0-9A-Za-z]", "", started)[:24] or "undated"
         return f"{self.vmid}-{moment}"
 
 

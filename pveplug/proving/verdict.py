@@ -46,7 +46,7 @@ class Wanted:
     every: bool = True
     serial: str = ""
     timeout_s: float = 300.0
-    stable_s: float = 10.0
+    stable_s: float = 30.0
 
     def __post_init__(self) -> None:
         """Raise ConfigError for what could never be met, or proves nothing."""

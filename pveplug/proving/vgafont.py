@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The glyphs of VGA's text mode, 8 x 16, for the printable characters of ASCII.
 
-The font of IBM's VGA, as every VGA BIOS, QEMU's placeholder and Linux' frame buffer
-console have it; collected by Joseph Gil (fntcol16), in the public domain.
+The font of IBM's VGA as VGA BIOSes have it; collected by Joseph Gil (fntcol16), in the
+public domain. Where cells are eight pixels wide (QEMU's own placeholder, frame buffer
+consoles) some characters are drawn narrower.
 """
 
 from __future__ import annotations
@@ -62,8 +63,26 @@ _GLYPHS: Final = bytes.fromhex(
     000076dc000000000000000000000000
     """
 )
+_NARROW: Final = {
+    "0": "0000386cc6c6d6d6c6c66c3800000000",
+    "M": "0000c6eefefed6c6c6c6c6c600000000",
+    "T": "00007e7e5a1818181818183c00000000",
+    "V": "0000c6c6c6c6c6c6c66c381000000000",
+    "W": "0000c6c6c6c6d6d6d6feee6c00000000",
+    "X": "0000c6c66c7c38387c6cc6c600000000",
+    "Y": "0000666666663c181818183c00000000",
+    "Z": "0000fec6860c183060c2c6fe00000000",
+    "`": "0030180c000000000000000000000000",
+    "f": "00001c36323078303030307800000000",
+    "m": "0000000000ecfed6d6d6d6c600000000",
+    "v": "0000000000c6c6c6c6c66c3800000000",
+    "w": "0000000000c6c6d6d6d6fe6c00000000",
+    "x": "0000000000c66c3838386cc600000000",
+    "|": "00001818181818181818181800000000",
+    "~": "0076dc00000000000000000000000000",
+}
 GLYPHS: Final = {
     _GLYPHS[ROWS * at : ROWS * (at + 1)]: chr(0x20 + at)
     for at in range(len(_GLYPHS) // ROWS)
-}
+} | {bytes.fromhex(glyph): text for text, glyph in _NARROW.items()}
 """Glyph, a byte per row with the leftmost pixel in the highest bit -> character."""

@@ -244,6 +244,7 @@ async def test_nbdkit_data_reads_what_it_was_told(tmp_path):
             assert tiles(told, client.size)
 
 
+@pytest.mark.alone
 async def test_a_disk_of_8_tib_is_scanned_in_windows(tmp_path):
     size = 8 << 40
     with nbdkit(tmp_path, "memory", str(size)) as path:
@@ -284,6 +285,7 @@ async def test_write_errors_of_a_real_server_never_commit(tmp_path, what):
                 await sink.finish()
 
 
+@pytest.mark.alone
 async def test_slow_requests_overtake_each_other_and_still_come_in_order(tmp_path):
     options = ["--filter=delay", "pattern", "8M", "delay-read=30ms"]
     with nbdkit(tmp_path, *options) as path:

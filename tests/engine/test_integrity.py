@@ -8,6 +8,7 @@ must fail and name the job, or else be the same byte for byte.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -46,23 +47,16 @@ class MemoryDisk:
         assert offset + length <= self.size
         self.content[offset : offset + length] = bytes(length)
 
+    async def finish(self) -> None:
+        """Memory has nothing to flush."""
+
 
 class MemoryWriter(DiskWriter):
     """The real writer, over a disk in memory."""
 
-    def begin(self, size: int) -> None:
-        fill = b"\0" if self._zeroed else b"\xa5"
-        self.disk = MemoryDisk(size, fill)
-        self._sink: Any = self.disk
-        self.client: Any = self.disk
-        if self._zeroed:
-            return
-        ranges = [(0, size)]
-        if self._chain is not None and self._owners:
-            never = self._chain.never_written(self.key)
-            ranges = [(extent.offset, extent.length) for extent in never]
-        for offset, length in ranges:
-            self.disk.content[offset : offset + length] = bytes(length)
+    async def begin_in_memory(self, size: int) -> None:
+        self.disk = MemoryDisk(size, b"\0" if self._zeroed else b"\xa5")
+        await self.begin(contextlib.nullcontext(self.disk), size)
 
 
 class MemoryTarget:
@@ -83,7 +77,7 @@ class MemoryTarget:
                 key, chain=self.chain, zeroed=self.zeroed, limit=RateLimit(0)
             )
             # Without objects nobody knows how large the disk will be.
-            made.begin(made.size or 48 << 16)
+            await made.begin_in_memory(made.size or 48 << 16)
             self.writers[key] = made
         return self.writers[key]
 

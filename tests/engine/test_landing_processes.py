@@ -163,6 +163,20 @@ def test_hundreds_of_reads_wait_and_those_given_up_leave_nothing(places, disk):
     asyncio.run(work(), debug=True)
 
 
+def test_a_keeper_whose_map_was_removed_says_so_once(places, caplog):
+    async def work():
+        Landing.create(*places, SIZE).close()
+        with Landing.open(*places) as keeper, LandingDevice(keeper) as device:
+            waiting = device.ready(0, UNIT)
+            keeper.files.live.unlink()
+            await until(lambda: "landing-removed" in caplog.text)
+            device._look_again()
+            assert caplog.text.count("landing-removed") == 1
+            waiting.cancel()
+
+    asyncio.run(work(), debug=True)
+
+
 def test_a_mark_nobody_rang_for_is_found_within_a_second_or_two(places):
     """A feeder was killed between marking and ringing."""
 

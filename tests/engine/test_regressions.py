@@ -194,3 +194,32 @@ async def test_a_filter_that_is_in_use_but_not_under_the_guest_is_left(
         await clean_up("100.qmp", "")
     assert sent.count("blockdev-del") == 2
     assert "qom-set" not in sent
+
+
+async def test_a_monitor_session_cancelled_while_it_connects_closes_its_socket(
+    short_tmp: Path,
+) -> None:
+    connected, ended = asyncio.Event(), asyncio.Event()
+
+    async def silent(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        connected.set()
+        await reader.read()
+        ended.set()
+        writer.close()
+
+    path = str(short_tmp / "100.qmp")
+    async with await asyncio.start_unix_server(silent, path):
+
+        async def session() -> None:
+            async with qmp_session(path):
+                raise AssertionError("it never greets")
+
+        task = asyncio.create_task(session())
+        await connected.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(20):
+            await ended.wait()

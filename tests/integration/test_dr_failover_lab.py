@@ -125,12 +125,14 @@ async def test_failover_to_an_older_point_and_back_to_standby() -> None:
             await story.cycle()
         oldest, newest = story.points[0], story.points[-1]
 
-        job = await story.act("failover-test", f"dr_restore_point={oldest}")
+        # Nobody there has an agent: this is how long it must keep running.
+        soon = "dr_boot_timeout=5s"
+        job = await story.act("failover-test", f"dr_restore_point={oldest} {soon}")
         assert f"point {oldest}" in job.text
         assert "full clone" in job.text
         assert story.others() == []
 
-        words = f"dr_unplanned=yes dr_restore_point={oldest}"
+        words = f"dr_unplanned=yes dr_restore_point={oldest} {soon}"
         job = await story.act("failover-exec", words)
         assert "verdict started, no agent" in job.text
         assert story.replica.running
@@ -157,7 +159,7 @@ async def test_failover_to_an_older_point_and_back_to_standby() -> None:
         (told,) = story.replicas()
         assert (told["health"], told["epoch"]) == ("ok", 2)
 
-        await story.act("failover-exec", "dr_unplanned=yes")
+        await story.act("failover-exec", f"dr_unplanned=yes {soon}")
         await story.act("failover-permanent")
         values = story.replica.conf.values
         assert "pveplug" not in values.get("tags", "")

@@ -4,61 +4,65 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
-from tests.support.guest import Guest
+from tests.lab import demo_ir
+from tests.support import truth
 from tests.support.requires import GUEST, requires, requires_file
-from tests.support.world import World
+from tests.support.world import BACULA_9, World
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio,
     requires("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
     requires_file(GUEST / "boot.raw"),
 ]
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def world() -> AsyncIterator[World]:
-    async with World() as found:
-        yield found
+async def test_a_lost_vm_runs_from_its_chain_writes_moves_and_stands_alone() -> None:
+    """``./dev demo ir``, whose every step is a check."""
+    await demo_ir.tell()
 
 
-async def test_a_guest_boots_while_its_data_is_still_coming(world: World) -> None:
-    guest = await Guest.create(world.site, 100, GUEST / "boot.raw")
-    await guest.boot()
-    await guest.mark("before the backup")
-    await guest.write("scsi1", 0, 4096, "data")
-    await world.add_job("nightly", "vmid=100")
-    job = await world.run("nightly")
-    assert job.termination == "Backup OK", job.text
-    sums = await guest.stand_still()
-    await guest.vm.stop()
-    where = "/@pve/restore_vmid=120,mode=instant,restore_bwlimit=2M"
-    restoring = asyncio.create_task(world.restore(where=where, job="nightly"))
-    try:
-        while not (world.site.find(120) and world.site.vm(120).running):
-            await asyncio.sleep(0.2)
-            if restoring.done():
-                print(restoring.result().text, world.backend_log)
-        vm = world.site.vm(120)
-        print(await vm.serial_wait("TG:READY", 120))
-        print("restoring done?", restoring.done())
-    finally:
-        result = await restoring
-        print(result.text)
-        print(world.backend_log[-6000:])
-    assert result.termination == "Restore OK"
+OPTIONS = {"mode": "instant", "restore_vmid": "110", "restore_storage": "local2"}
+WAYS = {
+    "the console's menu": (None, {"where": "/ignored", "plugin_options": OPTIONS}),
+    "Bacula 9.6": (
+        BACULA_9,
+        {"where": "/@pve/" + ",".join(f"{k}={v}" for k, v in OPTIONS.items())},
+    ),
+}
 
 
-async def test_a_good_backup_is_proven_and_nothing_is_left(world: World) -> None:
-    job = await world.restore(where="/@pve/mode=prove,prove_timeout=2m", job="nightly")
-    print(job.text)
-    print(world.backend_log[-3000:])
-    assert job.termination == "Restore OK", job.text
-    assert [vmid for _, vmid in world.site.vms()] == [100, 120]
+@pytest.mark.parametrize("way", WAYS)
+async def test_however_it_is_asked_for_a_vm_is_recovered_the_same(way: str) -> None:
+    prefix, asked = WAYS[way]
+    async with World(prefix=prefix) as world:
+        vm = await world.site.create_vm(
+            100, {"name": "small"}, disks={"scsi0": "8M", "virtio1": "4M"}
+        )
+        await vm.start()
+        await vm.qemu_io("scsi0", "write -P 17 1M 3M")
+        await vm.qemu_io("virtio1", "write -P 18 3M 1M")
+        await world.add_job("nightly", "vmid=100")
+        job = await world.run("nightly")
+        assert job.termination == "Backup OK", job.text
+        await vm.stop()
+        wanted = {
+            key: await asyncio.to_thread(
+                truth.sha256_of_image, vm.disk_path(key), "qcow2"
+            )
+            for key in ("scsi0", "virtio1")
+        }
+        job = await world.restore(job="nightly", **asked)
+        assert job.termination == "Restore OK", f"{job.text}\n{world.backend_log}"
+        recovered = world.site.vm(110)
+        assert recovered.running
+        await recovered.stop()
+        for key, digest in wanted.items():
+            path = recovered.disk_path(key)
+            assert recovered.conf.values[key].startswith("local2:")
+            form = path.suffix.removeprefix(".")
+            found = await asyncio.to_thread(truth.sha256_of_image, path, form)
+            assert found == digest, key

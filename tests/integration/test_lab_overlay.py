@@ -94,6 +94,12 @@ async def recovering(
     return vm
 
 
+async def status_of(site: Site) -> str:
+    status, said = await program(site, "qm", "status", "100")
+    assert status == 0, said
+    return said.removeprefix("status: ").rstrip("\n")
+
+
 async def nbd_nodes(vm: LabVm) -> list[str]:
     nodes = await vm.qmp("query-named-block-nodes", flat=True)
     return [node["node-name"] for node in nodes if node["drv"] == "nbd"]
@@ -201,12 +207,11 @@ async def test_reads_wait_for_a_server_that_is_away_and_a_pause_ends_when_it_is_
     with served(socket, image):
         vm = await recovering(site, 100, volid, machine)
         await vm.qemu_io("scsi0", "read -P 33 1M 64k")
-    await vm.qmp("system_reset")  # its firmware reads the first sector
-    await asyncio.sleep(1)
-    assert (await program(site, "qm", "status", "100"))[1] == "status: running\n"
+    await asyncio.sleep(2)  # its firmware reads the first sector once a second
+    assert await status_of(site) == "running"
     with served(socket, image):
         await vm.qemu_io("scsi0", "read -P 34 2M 64k")
-        assert (await program(site, "qm", "status", "100"))[1] == "status: running\n"
+        assert await status_of(site) == "running"
         await vm.stop()
 
 
@@ -218,9 +223,9 @@ async def test_read_that_waited_too_long_stops_the_vm_and_is_done_again_on_resum
     volid = await overlay(site, 100, 0, socket, 8 * MIB, wait_s=1)
     with served(socket, image):
         vm = await recovering(site, 100, volid, machine)
-    await vm.qmp("system_reset")
-    while (await program(site, "qm", "status", "100"))[1] != "status: io-error\n":
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while await status_of(site) != "io-error":
+            await asyncio.sleep(0.1)
     _, _, body = await Client(site)("GET", "/nodes/pve1/qemu/100/status/current")
     assert (body["data"]["status"], body["data"]["qmpstatus"]) == (
         "running",
@@ -232,11 +237,10 @@ async def test_read_that_waited_too_long_stops_the_vm_and_is_done_again_on_resum
     with served(socket, image):
         # QEMU connects again in the background once the delay is over, and until then
         # each read fails at once: one resume may not be enough.
-        said = "status: io-error\n"
-        while said != "status: running\n":
-            assert await program(site, "qm", "resume", "100") == (0, "")
-            await asyncio.sleep(0.5)
-            said = (await program(site, "qm", "status", "100"))[1]
+        async with asyncio.timeout(60):
+            while await status_of(site) != "running":
+                assert await program(site, "qm", "resume", "100") == (0, "")
+                await asyncio.sleep(0.5)
         await vm.stop()
 
 
@@ -340,9 +344,9 @@ async def test_pause_resume_and_changes_of_a_drive_while_it_runs(
     await vm.start()
     argv = (site.node.log_dir / "100.argv").read_text()
     assert "rerror=stop,werror=stop" in argv
-    assert (await program(site, "qm", "status", "100"))[1] == "status: running\n"
+    assert await status_of(site) == "running"
     assert await program(site, "qm", "suspend", "100") == (0, "")
-    assert (await program(site, "qm", "status", "100"))[1] == "status: paused\n"
+    assert await status_of(site) == "paused"
     said = (255, "VM is paused - cannot shutdown\n")
     assert await program(site, "qm", "shutdown", "100") == said
     assert await program(site, "qm", "resume", "100") == (0, "")

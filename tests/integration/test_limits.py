@@ -157,6 +157,7 @@ async def test_a_tebibyte_with_random_dirt_takes_at_most_100_mib() -> None:
         assert max(peaks) <= BACKEND_BYTES
 
 
+@pytest.mark.alone
 async def test_the_first_qmp_command_comes_half_a_second_after_the_start() -> None:
     """Warm and compiled; the best of a few, the machine has other things to do."""
     times: list[float] = []
@@ -175,6 +176,7 @@ async def test_the_first_qmp_command_comes_half_a_second_after_the_start() -> No
     assert min(times[1:]) <= FIRST_QMP_S, times
 
 
+@pytest.mark.alone
 async def test_the_monitor_is_never_held_for_a_second() -> None:
     keys = [f"scsi{n}" for n in range(4)]
     async with World() as world:

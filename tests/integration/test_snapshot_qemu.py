@@ -204,6 +204,7 @@ def took(vm: BareQemu, text: str) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.alone
 async def test_a_stuck_scratch_store_costs_a_guest_the_timeout_once(
     base: Path, file_system: Callable[[str, int], Path]
 ) -> None:
@@ -227,6 +228,7 @@ async def test_a_stuck_scratch_store_costs_a_guest_the_timeout_once(
         assert vm.ours() == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mechanism", ["cbw", "fleece"])
 async def test_a_reader_that_stands_still_does_not_hold_the_guest(
     base: Path, mechanism: str

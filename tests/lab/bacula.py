@@ -195,12 +195,15 @@ class BaculaLab:
                 return
 
     def stop(self) -> None:
-        """End the daemons that still run."""
-        for daemon in ("dir", "fd", "sd"):
-            process = self._daemons.pop(daemon, None)
-            if process is None:
-                continue
-            process.terminate()
+        """End the daemons that still run.
+
+        Not a word to the director: it would wait up to 4 s for its job threads, which
+        wait for work, and what it has told the catalogue is there.
+        """
+        running = {name: self._daemons.pop(name) for name in tuple(self._daemons)}
+        for name, process in running.items():
+            process.send_signal(signal.SIGKILL if name == "dir" else signal.SIGTERM)
+        for process in running.values():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -233,6 +236,16 @@ class BaculaLab:
             time.sleep(0.05)
         tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
         raise LabError(f"bacula-{daemon} does not answer, see {output}:\n{tail}")
+
+    def stop_daemon(self, daemon: str) -> None:
+        """End a daemon in order; ``start_daemon`` brings it back."""
+        process = self._daemons.pop(daemon)
+        process.terminate()
+        process.wait(20)
+
+    def set_environment(self, **values: str) -> None:
+        """Change the environment of daemons that start from now on."""
+        self._env.update(values)
 
     def kill(self, daemon: str) -> None:
         """End a daemon with SIGKILL; ``start_daemon`` brings it back."""
@@ -378,6 +391,11 @@ class BaculaLab:
         if not program.exists():
             program = Path(shutil.which("bconsole") or "bconsole")
         return [str(program), "-n", "-c", str(self.base / "etc/bconsole.conf")]
+
+    @property
+    def bconsole(self) -> tuple[list[str], Mapping[str, str]]:
+        """The console's command, and the environment it needs."""
+        return self._bconsole(), self._env
 
     def console(self, *lines: str, timeout: float = 60) -> str:
         """What bconsole says to these lines."""

@@ -517,6 +517,6 @@ def pve_argv(conf: VmConf, context: Context, *, paused: bool = False) -> list[st
         machine += "+pve0" if context.release.startswith("9") else "+pve1"
     accel = "accel=tcg," if no_kvm else ""
     argv += ["-machine", f"{flash}{'hpet=off,' if modern else ''}{accel}type={machine}"]
-    if paused:
+    if paused or values.get("freeze") == "1":
         argv += ["-S"]
     return argv

@@ -30,6 +30,9 @@ TIMEOUTS_S = {
 }
 """PVE's patience per command; 5 s for all others."""
 
+START_S = 90.0
+"""How long QEMU may take to open its disks; PVE's own patience is 30 s and more."""
+
 
 class Machine:
     """A VM on one node: its QEMU process, if any, and what belongs to it."""
@@ -166,14 +169,15 @@ class Machine:
         self.gone.clear()
         self.fake_frozen = False
         real = Path(f"{self.qmp_relay.path}.real")
-        for _ in range(1500):
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
             if self.process.returncode is not None:
                 said = (self.node.log_dir / f"{self.vmid}.qemu").read_text()
                 self.node.site.log(f"VM {self.vmid}: {said[-2000:].strip()}")
                 raise die(
                     f"start failed: QEMU exited with code {self.process.returncode}"
                 )
-            if real.exists() and self.pid:
+            if real.exists() and self.pid and await _answers(real):
                 break
             await asyncio.sleep(0.02)
         else:
@@ -328,6 +332,18 @@ class Machine:
                 return {"return": {"version": "10.0.2", "supported_commands": []}}
         text = f"The command {name} has not been found"
         return {"error": {"class": "CommandNotFound", "desc": text}}
+
+
+async def _answers(monitor: Path) -> bool:
+    """Whether QEMU is past its beginning: its disks are open, as ``-daemonize`` means.
+
+    The socket and the pid file are there before.
+    """
+    try:
+        await exchange(monitor, [{"execute": "query-status"}], timeout_s=2.0)
+    except (OSError, TimeoutError, QmpRefused):
+        return False
+    return True
 
 
 def qemu_version(program: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from fuzz.images import CORPUS
 from pveplug.errors import IntegrityError
 from pveplug.images import vhdx_log, vhdx_wire
 from pveplug.images.detect import Format
-from tests.support import edits
+from tests.support import description_edits, edits
 
 
 @pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.value)
@@ -30,3 +30,19 @@ def test_the_corpus_gives_the_documented_error_or_a_disk(kind, monkeypatch):
                 edits.run_set(edits.set_of(data))
             else:
                 edits.run(kind, edits.image_of(kind, data))
+
+
+def test_the_corpus_of_descriptions_gives_the_documented_error_or_a_plan():
+    inputs = sorted((CORPUS / "description").iterdir())
+    assert inputs
+    for path in inputs:
+        good = description_edits.descriptions()
+        description_edits.describe(description_edits.edited(path.read_bytes(), good))
+
+
+def test_the_corpus_of_boot_disks_gives_findings_within_the_bounds():
+    inputs = sorted((CORPUS / "boot-disk").iterdir())
+    assert inputs
+    for path in inputs:
+        good = description_edits.disks()
+        description_edits.look(description_edits.edited(path.read_bytes(), good))

@@ -17,7 +17,7 @@ from pveplug.ir.landing import Landing
 from pveplug.ir.sink import LandingSink
 from tests.support.landings import BITS, UNIT, Power, check, content
 
-MANY = settings(max_examples=120, deadline=None)
+MANY = settings(max_examples=80, deadline=None)
 sizes = st.builds(
     lambda clusters, rest: clusters * UNIT + rest,
     st.integers(0, 12),

@@ -292,7 +292,8 @@ def test_cancel_wakes_a_hanging_restore(host: Host, point: str) -> None:
     entries = [{"file": NAME, "size": 1 << 23, "runs": [[0, 1 << 23]]}]
     command = host.scenario(entries=entries, faults={point: "hang"})
     began = time.monotonic()
-    said = host.run(23, "backup,restore", command, FAKE_CANCEL_MS="1500")
+    # Time enough for the backup before it, on a busy machine and with its sanitizers.
+    said = host.run(23, "backup,restore", command, FAKE_CANCEL_MS="3000")
     assert "stage=r end status=A" in said
     assert time.monotonic() - began < 8
     assert host.cleanups(1) == ["faker.2026-11-23_00.00.00_01"]
@@ -395,6 +396,43 @@ def test_same_command_twice_is_fatal(host: Host) -> None:
     assert "the same Plugin line stands twice" in said
     assert "end status=f" in said
     assert host.log("job") == []
+
+
+@pytest.mark.parametrize("stage", ["backup", "estimate"])
+def test_under_a_sisters_name_nothing_is_backed_up(host: Host, stage: str) -> None:
+    command = host.scenario().replace("podheitor-proxmox:", "podheitor-vsphere:")
+    said = host.run(23, stage, command)
+    assert 'no plug-in that backs up "podheitor-vsphere"' in said
+    assert "FATAL" in said
+    assert host.log("job") == []
+    assert host.cleanups(0) == []
+
+
+def test_copies_are_installed_only_where_no_sister_plugin_is(tmp_path: Path) -> None:
+    place = tmp_path / "usr/lib/bacula"
+    vsphere, hyperv = (
+        place / f"podheitor-{name}-fd.so" for name in ("vsphere", "hyperv")
+    )
+    place.mkdir(parents=True)
+    hyperv.write_bytes(b"\x7fELF of somebody else")
+
+    def install() -> None:
+        subprocess.run(
+            [
+                *("make", "-s", "-C", SHIM, "install", "install-sisters"),
+                *(f"BUILD={tmp_path / 'build'}", f"DESTDIR={tmp_path}"),
+            ],
+            check=True,
+        )
+
+    install()
+    ours = (place / "podheitor-proxmox-fd.so").read_bytes()
+    assert vsphere.read_bytes() == ours
+    assert hyperv.read_bytes() == b"\x7fELF of somebody else"
+    # A copy of an older version of ours is ours to replace.
+    vsphere.write_bytes(ours + b"older")
+    install()
+    assert vsphere.read_bytes() == ours
 
 
 def test_skipped_and_core_files_get_no_data(host: Host) -> None:

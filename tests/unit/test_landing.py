@@ -217,6 +217,14 @@ def test_a_mark_that_is_none_is_never_data(landing):
         assert list(device.block_status(2 * UNIT, UNIT)) == [(UNIT, 0)]
 
 
+def test_what_is_new_is_counted_to_the_byte(landing):
+    landing.zero(8 * UNIT, UNIT)
+    assert landing.zero_all([(0, UNIT), (7 * UNIT, SIZE - 7 * UNIT)]) == 2 * UNIT + 100
+    assert landing.owed_bytes == 6 * UNIT
+    assert landing.zero(0, SIZE) == 6 * UNIT
+    assert landing.complete
+
+
 # -- what goes wrong ------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@
 # Rootless: packages are downloaded and unpacked, never installed; nothing is mounted, no
 # loop device is used. Works on Debian 12 and 13. Result in OUT:
 #
-#   vmlinuz, initrd.img   Debian's cloud kernel; busybox, virtio and AHCI modules, qemu-ga
+#   vmlinuz, initrd.img   Debian's cloud kernel; busybox, virtio, AHCI and IDE modules, qemu-ga
 #   boot.raw              64 MiB, MBR: GRUB for BIOS, ext4 with the same kernel
 #   boot-efi.raw          96 MiB, GPT: EFI system partition with GRUB, ext4 as above
 #
@@ -91,7 +91,7 @@ add_module() { # NAME: copy it after everything it depends on; built in or unkno
 }
 : >"$root/modules/order"
 for name in virtio_pci crc32c_generic crc32c_intel crc_t10dif crct10dif_common sd_mod \
-    virtio_scsi virtio_blk virtio_console ahci ext4; do
+    virtio_scsi virtio_blk virtio_console ahci ata_piix ext4; do
     add_module "$name"
 done
 grep -q '^virtio_scsi' "$root/modules/order" || die "kernel $version has no virtio_scsi"
