@@ -520,7 +520,7 @@ def _restore(
         where=where,
         vmids=get("restore_vmid") or Mapped(),
         node=get("restore_node"),
-        storage=get("ir_target_storage") or get("restore_storage"),
+        storage=get("restore_storage"),
         storage_map=get("storage_map"),
         bridge_map=get("bridge_map"),
         mac=get("mac"),

@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from pveplug.errors import JobError, PveplugError, QmpError, TransportError
@@ -156,8 +155,7 @@ async def _check_unused(
     _, blocks = await _nodes(monitor)
     for block in blocks:
         image = block.get("inserted", {}).get("image", {})
-        volid = paths.get(str(image.get("filename", "")))
-        if volid is not None:
+        if volid := _named(str(image.get("filename", "")), paths):
             raise JobError(
                 f"the guest runs from {volid}, which its configuration doesn't name: "
                 "PVE was killed at the end of a move.",
@@ -173,12 +171,20 @@ async def _check_unused(
 async def _drop_nodes(monitor: str, paths: dict[str, str]) -> None:
     """Close the new volumes in QEMU: the format's node first, then the file's."""
     nodes, _ = await _nodes(monitor)
-    mine = [node for node in nodes if str(node.get("file", "")) in paths]
+    mine = [node for node in nodes if _named(str(node.get("file", "")), paths)]
     mine.sort(key=lambda node: node["drv"] == "file")
     async with qmp_session(monitor) as qmp:
         for node in mine:
             with contextlib.suppress(QmpError):
                 await qmp.execute("blockdev-del", {"node-name": node["node-name"]})
+
+
+def _named(file: str, paths: dict[str, str]) -> str:
+    """Return the volume that QEMU means by a file's name, plain or ``json:``."""
+    for path, volid in paths.items():
+        if file == path or json.dumps(path) in file:
+            return volid
+    return ""
 
 
 # --- what is written down -------------------------------------------------------------
@@ -228,6 +234,5 @@ def _read(recovery: Recovery) -> Intent | None:
 
 
 def _forget(recovery: Recovery) -> None:
-    _place: Path = recovery.folder / INTENT
     with contextlib.suppress(OSError):
-        _place.unlink()
+        (recovery.folder / INTENT).unlink()

@@ -5,7 +5,7 @@ Takes the place of :class:`~pveplug.restore_vm.VmTarget` in a restore job::
 
     claim the VMID ── create without disks ── lock ── overlays, landing store, keeper
         images ──► landing store ──► (keeper) ──► VM
-        EFI and TPM complete, first cluster here ── unlock ── attach ── start
+        EFI and TPM complete, first clusters here ── unlock ── attach ── start
     end of the job: everything is here ── the keeper moves the disks ── done
 
 Until the VM is handed over (which is before its start) a failure undoes everything.
@@ -53,8 +53,9 @@ from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.restore_vm import Goal, VmTarget, Volume
 from pveplug.tasks import to_the_end
 from pveplug.units import human
+from pveplug.values import Mapped
 from pveplug.vmconfig import drives, properties, render_properties, smbios_uuid
-from pveplug.vmrestore import DiskPlan, RestorePlan
+from pveplug.vmrestore import DiskPlan, RestorePlan, Wishes
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,15 @@ class InstantTarget(VmTarget):
         self._check_room()
         await self._establish(job)
         self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    def _wishes(self) -> Wishes:
+        """As in a restore; ``ir_target_storage`` is where all disks end."""
+        wishes = super()._wishes()
+        if self._instant.target_storage is None:
+            return wishes
+        return dataclasses.replace(
+            wishes, storage=self._instant.target_storage, storage_map=Mapped()
+        )
 
     def _shaped(self, plan: RestorePlan) -> RestorePlan:
         """Unplug the network cards where two VMs of one address could meet."""
@@ -451,21 +461,25 @@ class InstantTarget(VmTarget):
     # --- the VM ----------------------------------------------------------------------
 
     async def _start_early(self) -> None:
-        """Start the VM as soon as it can read its first cluster."""
+        """Start the VM as soon as the beginning of each of its disks is here.
+
+        QEMU reads a disk's first sector, to guess its geometry, before it answers
+        anybody: were that owed, PVE would give the start up.
+        """
         served = [disk.source for disk in self.record.served]
         firmware = [d.source for d in self.record.disks if not d.overlay]
         while True:
-            if all(self._landings[key].complete for key in firmware) and any(
-                self._anything(key) for key in served
+            if all(self._landings[key].complete for key in firmware) and all(
+                self._begun(key) for key in served
             ):
                 break
             await asyncio.sleep(LOOK_S)
         self._starting = True
         await to_the_end(self._start_vm())
 
-    def _anything(self, key: str) -> bool:
-        landing = self._landings[key]
-        return any(mark is not Mark.OWED for *_, mark in landing.kinds(0, landing.size))
+    def _begun(self, key: str) -> bool:
+        """Whether a disk's first cluster is here."""
+        return next(self._landings[key].kinds(0, 1))[2] is not Mark.OWED
 
     async def _start_vm(self) -> None:
         """Give the VM its disks, hand it over, start it."""

@@ -44,12 +44,12 @@ class LandingTarget(InstantTarget):
             {k: Volume(p) for k, p in plans.items()},  # type: ignore[arg-type]
         )
         self._limit = RateLimit(0)
+        self._starter = None
         self._landings = {
             key: Landing.create(base / "l", base / "r", key, chain.final_size(key))
             for key in chain.keys
         }
         self._node = SimpleNamespace(landing_dir=str(base))  # type: ignore[assignment]
-        self._starter = None
         self._blank = set()
         self.begun: list[str] = []
 

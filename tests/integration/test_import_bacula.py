@@ -201,15 +201,17 @@ async def test_a_hyperv_job_and_its_checkpoint_become_a_vm_that_boots_by_bios(
 async def test_a_hyperv_job_becomes_a_vm_that_boots_by_uefi(
     sisters: Sisters, tmp_path: Path
 ) -> None:
-    """Generation 2; and without restore_vmid the next free id."""
+    """Generation 2, with a sidecar; and without restore_vmid the next free id."""
     disk = GUEST / "boot-efi.raw"
     image = await converted(disk, tmp_path / "gen2.vhdx", "vhdx")
-    xml = written(tmp_path / "g.xml", foreign_vms.hyperv("gen2", "gen2.vhdx", 2))
+    text = written(tmp_path / "g.json", foreign_vms.sidecar("gen2", "gen2.vhdx"))
+    vmcx = written(tmp_path / "g.vmcx", b"\x14\x20\x28\x01" + bytes(8000))
     (job,) = await sisters.back_up(
         "hv-gen2",
         "podheitor-hyperv",
         [
-            {"file": "/@hyperv/gen2/g.xml", "path": xml},
+            {"file": "/@hyperv/gen2/g.vmcx", "path": vmcx},
+            {"file": "/@hyperv/gen2/g.json", "path": text},
             {"file": "/@hyperv/gen2/gen2.vhdx", "path": image},
         ],
     )

@@ -131,15 +131,15 @@ class Demo:
         avhdx.write_bytes(child)
         wanted = self._files / "wanted.raw"
         wanted.write_bytes(content)
-        xml = self._files / "app.xml"
-        xml.write_bytes(foreign_vms.hyperv("app", "app.avhdx", 2))
+        text = self._files / "app.json"
+        text.write_bytes(foreign_vms.sidecar("app", "app.avhdx"))
         home = "/@hyperv/app"
         jobs = await self._sisters.back_up(
             "hv-app",
             "podheitor-hyperv",
             [
                 {"file": f"{home}/app.vhdx", "path": image},
-                {"file": f"{home}/app.xml", "path": xml},
+                {"file": f"{home}/app.json", "path": text},
             ],
             [{"file": f"{home}/app.avhdx", "path": avhdx}],
         )

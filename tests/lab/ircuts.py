@@ -41,14 +41,16 @@ from tests.support.instant import (
     landed,
     left,
     nbd_nodes,
-    numbered,
+    noise,
     pveplug,
     traces,
 )
 from tests.support.kills import kill, until
 from tests.support.world import World
 
-SIZES = {"scsi0": 6 * MIB, "scsi1": 4 * MIB}
+SIZES = {"scsi0": 1 * MIB, "scsi1": 9 * MIB}
+"""Bacula brings one image after the other, and a VM starts when it has the beginning of
+each of its disks."""
 VMID = 200
 RATE = 2 * MIB
 """Bytes per second that Bacula may bring."""
@@ -170,19 +172,26 @@ class IrCuts:
     async def _back_up(self) -> None:
         world, folder = self.world, self.world.base
         disks = {
-            key: numbered(folder / f"{key}.raw", size, at * 50)
+            key: noise(folder / f"{key}.raw", size, at * 50)
             for at, (key, size) in enumerate(SIZES.items())
         }
         vm = await world.site.create_vm(
-            100, {"agent": "0", "tags": "kept", "description": "its own"}, disks=disks
+            100,
+            {
+                "agent": "0",
+                "boot": "order=scsi0",
+                "tags": "kept",
+                "description": "its own",
+            },
+            disks=disks,
         )
         await vm.start()
         await vm.qemu_io("scsi1", "write -z 3M 512k")
         await world.add_job("nightly", "vmid=100")
         await self._good(await world.run("nightly", "Full"))
-        for at in range(0, 6 * MIB, 512 << 10):
-            await vm.qemu_io("scsi0", f"write -P {at >> 19 | 0xC0} {at} 96k")
-        await vm.qemu_io("scsi1", "write -P 7 1M 300k")
+        for at in range(512 << 10, 9 * MIB, 512 << 10):
+            await vm.qemu_io("scsi1", f"write -P {at >> 19 | 0xC0} {at} 96k")
+        await vm.qemu_io("scsi0", "write -P 7 512k 300k")
         await self._good(await world.run("nightly", "Incremental"))
         await vm.stop()
         self._truth = contents(vm, folder)
@@ -340,6 +349,7 @@ class IrCuts:
             return "undone and begun anew"
         if course.written is None:
             vm = self.world.site.vm(VMID)
+            owed = self._owed()
             await self._start(course)
             await until(lambda: vm.running, "the start of the VM", 60, 0.05)
             await vm.wait_started()
@@ -350,7 +360,10 @@ class IrCuts:
             owed = self._owed()
             await self._start(course)
             self.proxy.rate = RATE
-        again = await self._good(await self._ended(course.jobs[-1]))
+        again = await self._ended(course.jobs[-1])
+        if not owed and "exists. Remedy" in again.text:
+            return "all had come before"
+        await self._good(again)
         anew = landed_bytes(again)
         self.sums.twice += max(0, anew - owed)
         self.sums.resumed += 1
@@ -480,7 +493,7 @@ async def ircuts(arguments: argparse.Namespace) -> int:
     failure = ""
     try:
         async with (
-            World(bacula={"compress": False}) as world,
+            World() as world,
             behind_a_proxy(world) as proxy,
         ):
             world.most_hold_s = 10.0  # who holds a monitor may wait for a processor

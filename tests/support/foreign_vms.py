@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def hyperv(name: str, disk: str, generation: int) -> bytes:
     bus = _IDE if generation == 1 else _SCSI
     text = HYPERV.format(name=name, disk=disk, subtype=generation - 1, bus=bus)
     return text.encode("utf-16")
+
+
+def sidecar(name: str, disk: str) -> bytes:
+    """Return what describes a generation 2 VM, whose own file is a binary one."""
+    value = {
+        "schema": "pveplug-guest/1",
+        "name": name,
+        "firmware": "uefi",
+        "secure_boot": False,
+        "cores": 1,
+        "memory_mib": 384,
+        "os_id": "debian12-64",
+        "machine": ["hyper-v generation 2"],
+        "disks": [{"bus": "scsi", "controller": 0, "unit": 0, "file": disk}],
+        "nics": [{"model": "synthetic", "mac": MAC, "network": "External"}],
+    }
+    return json.dumps(value).encode()
 
 
 def delta(

@@ -31,13 +31,19 @@ KIB = 1 << 10
 MIB = 1 << 20
 CLUSTER = 64 * KIB
 SECTOR = 512
+PATIENCE_S = 60.0
+"""QEMU does nothing else while it switches a disk, on a machine that is busy."""
 
 
-def numbered(path: Path, size: int, first: int) -> Path:
-    """Make a raw image in which each cluster is filled with a byte of its own."""
-    with path.open("wb") as file:
-        for number in range(size // CLUSTER):
-            file.write(bytes([(first + number) % 255 + 1]) * CLUSTER)
+STANDS_STILL = b"\xfa\xf4\xeb\xfd".ljust(510, b"\0") + b"\x55\xaa"
+"""A boot sector: cli, hlt, and again. Firmware that finds nothing to boot resets the
+machine each second, and a reset waits, with all of QEMU, for reads under way."""
+
+
+def noise(path: Path, size: int, seed: int) -> Path:
+    """Make a raw image that boots, and that no compression makes smaller."""
+    data = random.Random(seed).randbytes(size)
+    path.write_bytes(STANDS_STILL + data[SECTOR:])
     return path
 
 
@@ -110,7 +116,7 @@ class Written:
         """One request."""
         rng = self._rng
         key = rng.choice(sorted(self.disks))
-        cluster = rng.randrange(len(self.disks[key]) // CLUSTER)
+        cluster = rng.randrange(1, len(self.disks[key]) // CLUSTER)
         if self._busy(key, cluster):
             return
         at, kind = cluster * CLUSTER, rng.random()
@@ -125,8 +131,13 @@ class Written:
 
     async def write(self, key: str, offset: int, length: int) -> None:
         """Write whole clusters."""
+        request = _Request(
+            key, offset, length, f"wrote {length}/{length} bytes at offset {offset}"
+        )
+        if self._said_of(request):
+            return
         pattern = self._rng.randrange(1, 256)
-        await self.vm.qemu_io(key, f"write -P {pattern} {offset} {length}")
+        await self._send(request, f"write -P {pattern} {offset} {length}")
         self._note(key, offset, length, pattern)
 
     async def write_later(self, key: str, offset: int, length: int) -> None:
@@ -141,16 +152,15 @@ class Written:
         self._note(key, offset, length, pattern)
 
     async def read_later(self, key: str, offset: int) -> None:
-        """Read a cluster, whenever it comes, and have QEMU compare it."""
+        """Read a cluster, whenever it comes; QEMU compares it where it is one byte."""
         data = self.disks[key][offset : offset + CLUSTER]
-        if data.count(data[0]) != CLUSTER:
-            return
+        one = f"-P {data[0]} " if data.count(data[0]) == CLUSTER else ""
         request = _Request(
             key, offset, CLUSTER, f"read {CLUSTER}/{CLUSTER} bytes at offset {offset}"
         )
         if self._said_of(request):
             return
-        await self._send(request, f"aio_read -P {data[0]} {offset} {CLUSTER}")
+        await self._send(request, f"aio_read {one}{offset} {CLUSTER}")
         self.reads += 1
 
     @contextlib.asynccontextmanager
@@ -193,7 +203,11 @@ class Written:
 
     async def _send(self, request: _Request, command: str) -> None:
         self._waiting.append(request)
-        said = await self.vm.machine.hmp(f'qemu-io -d {request.key} "{command}"')
+        said = await self.vm.machine.qmp(
+            "human-monitor-command",
+            timeout_s=PATIENCE_S,
+            command_line=f'qemu-io -d {request.key} "{command}"',
+        )
         assert not said.strip(), said
 
     def _look(self) -> None:
@@ -296,7 +310,9 @@ def traces(world: World, vmid: int) -> list[str]:
 
 async def nbd_nodes(vm: LabVm) -> list[str]:
     """Nodes of a VM's QEMU that read from somebody's server."""
-    nodes = await vm.qmp("query-named-block-nodes", flat=True)
+    nodes = await vm.machine.qmp(
+        "query-named-block-nodes", timeout_s=PATIENCE_S, flat=True
+    )
     return [node["node-name"] for node in nodes if node["drv"] == "nbd"]
 
 

@@ -258,12 +258,6 @@ def test_where_wins_over_the_menu_and_the_menu_over_the_plugin_string():
     assert all("where= wins" in warning for warning in config.warnings)
 
 
-def test_an_instant_recovery_s_target_storage_goes_before_the_restore_s():
-    words = "restore_storage=s1,ir_target_storage=s2"
-    config = parse_restore(BACKUP, f"/@pve/mode=instant,{words}", [])
-    assert (config.storage, config.instant.target_storage) == ("s2", "s2")
-
-
 def test_where_lists_use_semicolons():
     config = parse_restore(
         BACKUP, "/@pve/storage_map=a:b;c:d,disks=scsi0;scsi1,mac=new"
