@@ -299,6 +299,39 @@ async def test_an_increment_that_skips_one_is_refused(
     assert vm.disk_path("sata0").read_bytes() == bytes(content)
 
 
+async def test_each_vm_of_a_job_becomes_one_and_none_may_claim_the_others_id(
+    sisters: Sisters, tmp_path: Path
+) -> None:
+    entries, wanted = [], {}
+    for name in ("one", "two"):
+        source = small_disk(tmp_path / f"{name}.raw", 2 << 20)
+        wanted[name] = source.read_bytes()
+        entries += [
+            {"file": f"/@vsphere/{name}/{name}.raw", "path": source},
+            {
+                "file": f"/@vsphere/{name}/{name}.vmx",
+                "path": written(
+                    tmp_path / f"{name}.vmx", foreign_vms.vmx(name, f"{name}.raw")
+                ),
+            },
+        ]
+    (job,) = await sisters.back_up("both", "podheitor-vsphere", entries)
+    site = sisters.world.site
+    before = {vmid for _, vmid in site.vms()}
+    result = await sisters.world.restore(
+        where="/@pve/restore_vmid=500", job_ids=[job.job_id]
+    )
+    assert "names one id, and several VMs are being restored: one, two" in result.text
+    nothing_left(sisters, before)
+    await imported(sisters, where="/", job_ids=[job.job_id])
+    made = {vmid for _, vmid in site.vms()} - before
+    found = {
+        vm.conf.values["name"]: vm.disk_path("scsi0").read_bytes()
+        for vm in map(site.vm, made)
+    }
+    assert found == wanted
+
+
 async def test_killed_in_the_middle_nothing_is_left(
     sisters: Sisters, tmp_path: Path
 ) -> None:
