@@ -25,6 +25,7 @@ from tests.lab.vm import LabVm
 from tests.support import foreign_vms, truth
 from tests.support.foreign_vms import delta
 from tests.support.guest import BOOT_WAIT_S
+from tests.support.halt import halted_api
 from tests.support.kills import kill
 from tests.support.requires import GUEST, requires, requires_file
 from tests.support.vhdx_images import Vhdx
@@ -359,6 +360,40 @@ async def test_killed_in_the_middle_nothing_is_left(
     nothing_left(sisters, before)
     result = await asyncio.to_thread(world.bacula.wait, restore, 300)
     assert "Restore Error" in result.termination
+
+
+async def test_killed_while_its_disks_are_attached_nothing_is_left(
+    sisters: Sisters, tmp_path: Path
+) -> None:
+    """Also of the EFI disk, which PVE makes itself in that very call."""
+    world = sisters.world
+    source = small_disk(tmp_path / "e.raw", 1 << 20)
+    text = written(tmp_path / "e.json", foreign_vms.sidecar("e", "e.raw"))
+    (job,) = await sisters.back_up(
+        "attached",
+        "podheitor-hyperv",
+        [
+            {"file": "/@hyperv/e/e.raw", "path": source},
+            {"file": "/@hyperv/e/e.json", "path": text},
+        ],
+    )
+    before = {vmid for _, vmid in world.site.vms()}
+    journal = world.site.root / "ph/lib/vms/401.json"
+    with halted_api(world.site, "(PUT|POST) .*/qemu/401/config") as halt:
+        restore = await asyncio.to_thread(
+            world.bacula.start_restore,
+            where="/@pve/restore_vmid=401",
+            job_ids=[job.job_id],
+        )
+        await halt.reached()
+        await kill(json.loads(journal.read_text())["pid"])
+    # PVE does now what it was asked for, although nobody wants it any more.
+    result = await asyncio.to_thread(world.bacula.wait, restore, 300)
+    assert "Restore Error" in result.termination
+    async with asyncio.timeout(60):
+        while journal.exists():
+            await asyncio.sleep(0.1)
+    nothing_left(sisters, before)
 
 
 async def test_files_stay_files_and_the_copies_back_nothing_up(
