@@ -18,7 +18,7 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -291,7 +291,7 @@ class ImportVm:
         await disk.open(address)
         return volume
 
-    async def take(self, disk: ImportDisk, events: Iterable[Event]) -> None:
+    async def take(self, disk: ImportDisk, events: Sequence[Event]) -> None:
         """Write what a reader told of the image that was begun on a disk.
 
         Raises:
