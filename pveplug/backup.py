@@ -3,10 +3,10 @@
 
 For each VM, one after the other::
 
-    hold ── point in time ── scan all disks ── per disk: image ── its papers ── release
+    hold ── point in time ── scan all disks ── edges ── per disk: image ── release
                                                  │                  │
-                                        /@proxmox/…/scsi0.qcow2   vm.conf, manifest,
-                                                                  restore objects
+                                            vm.conf, layout   /@proxmox/…/scsi0.qcow2,
+                                            edges.bin         then manifest, objects
 
 A VM that can't even be begun (locked, gone) doesn't keep the others from their backup;
 the job fails at its end all the same. Once a disk's data flows, any failure ends the
@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pveplug import __version__
@@ -35,14 +36,17 @@ from pveplug.diskstream import (
     Progress,
     RateLimit,
     give_back_unread,
+    read_edges,
     scan,
 )
 from pveplug.errors import JobError, NbdError, PveplugError, TransportError
 from pveplug.guestlatency import keep_pace
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
+from pveplug.images.edges import Edges, EdgesWriter, edge_ranges
 from pveplug.images.manifest import (
     CONFIG_FILE,
+    EDGES_FILE,
     FIREWALL_FILE,
     LAYOUT_FILE,
     MANIFEST_FILE,
@@ -52,6 +56,7 @@ from pveplug.images.manifest import (
     digest_file,
     image_file,
     job_directory,
+    text_digest,
     vm_directory,
 )
 from pveplug.images.restore_object import encode_objects
@@ -207,7 +212,8 @@ class Backup:
                     every_s,
                 )
                 side.append(tasks.create_task(progress, name="progress"))
-                layout = await self._send_description(opened, disks, level)
+                edges = await self._read_edges(opened, disks)
+                layout = await self._send_description(opened, disks, level, edges)
                 await self._send_disks(opened, disks)
                 for task in side:
                     task.cancel()
@@ -304,6 +310,29 @@ class Backup:
             disks.append(_Disk(source, client, clusters, digest, stream, compared))
         return disks
 
+    async def _read_edges(self, opened: Opened, disks: list[_Disk]) -> bytes:
+        """Read the ends of all disks; the images take them from there.
+
+        Returns: the content of edges.bin.
+        """
+        writer = EdgesWriter()
+        for disk in disks:
+            async with _named(opened, disk.source, "read"):
+                size = disk.clusters.size
+                writer.begin(disk.source.key, size)
+                read = partial(read_edges, disk.client, disk.clusters)
+                (_, head), *_ = edge_ranges(size, len(disks))
+                first = await read([(0, head)], writer, self._limit)
+                ranges = edge_ranges(size, len(disks), first)
+                rest = [(max(low, head), high) for low, high in ranges if high > head]
+                await read(rest, writer, self._limit)
+        content = writer.finish()
+        # What an image has there is what was put into the file, and nothing else.
+        edges = Edges.decode(content)
+        for disk in disks:
+            disk.stream.hold(edges.disks[disk.source.key].runs)
+        return content
+
     async def _send_disks(self, opened: Opened, disks: list[_Disk]) -> None:
         """Send the images one after the other; the next ones read ahead meanwhile."""
         for number, disk in enumerate(disks):
@@ -342,9 +371,11 @@ class Backup:
         return job_directory(opened.vm.vmid, opened.uuid, self._session.job.name)
 
     async def _send_description(
-        self, opened: Opened, disks: list[_Disk], level: Level
+        self, opened: Opened, disks: list[_Disk], level: Level, edges: bytes
     ) -> Manifest:
         """Send what a restore without the catalogue's objects must know first.
+
+        And what an instant recovery wants before the disks: ``edges``.
 
         Returns: the manifest as it is known without the digests' roots.
         """
@@ -352,13 +383,14 @@ class Backup:
         if opened.firewall is not None:
             await self._send_file(opened, FIREWALL_FILE, opened.firewall.encode())
         entries = [_entry(disk) for disk in disks]
-        layout = self._manifest(opened, entries, level)
+        layout = self._manifest(opened, entries, level, text_digest(edges))
         if layout.built_on is not None and layout.parent_manifest is None:
             self._session.info(
                 f"VM {opened.vm.vmid}: this node does not know the manifest of job "
                 f"{layout.built_on}; this job's does not vouch for it"
             )
         await self._send_file(opened, LAYOUT_FILE, layout.to_json())
+        await self._send_file(opened, EDGES_FILE, edges)
         return layout
 
     async def _send_papers(
@@ -384,7 +416,7 @@ class Backup:
             self._offered = True
 
     def _manifest(
-        self, opened: Opened, entries: list[DiskEntry], level: Level
+        self, opened: Opened, entries: list[DiskEntry], level: Level, edges: str
     ) -> Manifest:
         made = Manifest(
             vmid=opened.vm.vmid,
@@ -407,6 +439,7 @@ class Backup:
             left_out=dict(opened.left_out),
             chain=chain_id(self._session.job.name),
             template=opened.vm.template,
+            edges=edges,
         )
         if made.built_on is None:
             return made

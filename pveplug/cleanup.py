@@ -50,6 +50,23 @@ async def query_graph(qmp: Qmp) -> Graph:
     )
 
 
+async def query_blocked(qmp_path: str) -> list[str] | None:
+    """Ask whether an I/O error has stopped the guest.
+
+    Returns: None where it has not; else the drives that lack room, perhaps none.
+
+    Raises:
+        VmGoneError, TransportError, QmpError: QEMU can't be asked.
+    """
+    async with qmp_session(qmp_path) as qmp:
+        status: Any = await qmp.execute("query-status")
+        if status["status"] != "io-error":
+            return None
+        blocks = await qmp.execute("query-block")
+    full = [block for block in blocks if block.get("io-status") == "nospace"]
+    return [drive_key(block) or str(block["device"]) for block in full]
+
+
 async def find_ours(qmp_path: str, nbd_socket: str) -> list[str]:
     """Return what :func:`clean_up` would remove now; nothing is changed.
 

@@ -234,6 +234,7 @@ class Instant:
     target_storage: str | None = None
     auto_migrate: bool = True
     timeout: int = 3600
+    network: Literal["auto", "up", "down"] = "auto"
     nbd_bind: str | None = None
     nbd_port: int = 0
     bwlimit: int = 0
@@ -621,6 +622,7 @@ def _instant(values: Mapping[str, Any]) -> Instant:
         target_storage=_value(values, "ir_target_storage"),
         auto_migrate=_value(values, "ir_auto_migrate"),
         timeout=_value(values, "ir_timeout"),
+        network=_value(values, "ir_network"),
         nbd_bind=bind,
         nbd_port=_value(values, "ir_nbd_port"),
         bwlimit=_value(values, "bwlimit"),

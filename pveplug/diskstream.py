@@ -8,15 +8,16 @@
     NBD READ ──── slots of a run, in order ── zero test, digest ─────┴─► FileSink
 
 The map is made first, so the whole layout of the image is known before a byte is read;
-what turns out to be zero while it is read stays a hole in the file. Memory: two bits
-per 64 KiB of disk, and the reader's slots.
+what turns out to be zero while it is read stays a hole in the file. What lies at the
+disk's ends is read before, for the job's edges, and comes from there. Memory: two bits
+per 64 KiB of disk, the reader's slots, and those edges.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -24,12 +25,14 @@ from typing import Final, Protocol
 from pveplug.errors import IntegrityError
 from pveplug.extents import Extent, Kind
 from pveplug.images.clusters import ClusterMap
+from pveplug.images.edges import EdgeRun, EdgesWriter, without
 from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
 from pveplug.nbd.client import NbdClient
-from pveplug.nbd.source import OrderedReader, Slot, extents, is_zero
+from pveplug.nbd.source import OrderedReader, Slot, is_zero, mark
 from pveplug.pacing import Pace
 from pveplug.units import CLUSTER, KiB, MiB, round_down
 
+REQUEST: Final = 512 * KiB
 TRIM_STEP: Final = 4 * MiB
 """Give scratch space back in pieces of this size: one request per 4 MiB read."""
 TRIM_AHEAD: Final = 4 * MiB
@@ -128,12 +131,43 @@ async def scan(client: NbdClient, *, context: str | None, known: int) -> Cluster
     tail = 0
     if context is not None:
         tail = min(round_down(known, CLUSTER), client.size)
-        async for extent in extents(client, dirty=context):
-            clusters.mark(extent)
+        await mark(client, clusters, dirty=context)
     if context is None or known < client.size:
-        async for extent in extents(client, start=tail):
-            clusters.mark(extent)
+        await mark(client, clusters, start=tail)
     return clusters
+
+
+async def read_edges(
+    client: NbdClient,
+    clusters: ClusterMap,
+    ranges: Sequence[tuple[int, int]],
+    writer: EdgesWriter,
+    limit: RateLimit,
+) -> bytes:
+    """Read the DATA clusters of some ranges ``(start, end)`` into ``writer``.
+
+    They aren't given back, nor counted: that is done when the disk is streamed.
+
+    Returns: the disk's first cluster, if it was read; else nothing.
+
+    Raises:
+        NbdError, TransportError: a read failed; the point in time may be broken.
+    """
+    runs = (
+        (run.offset, run.length)
+        for start, end in ranges
+        for run in clusters.data_runs(start, end)
+    )
+    reader = OrderedReader(
+        client, request_bytes=REQUEST, in_flight_bytes=MiB, allowed=limit.in_flight
+    )
+    first = b""
+    async with aclosing(reader.read(runs)) as slots:  # type: ignore[type-var]
+        async for slot in slots:
+            writer.add(slot.offset, slot.view)
+            if slot.offset == 0:
+                first = bytes(slot.view[:CLUSTER])
+    return first
 
 
 async def give_back_unread(client: NbdClient, clusters: ClusterMap) -> None:
@@ -177,18 +211,27 @@ class DiskStream:
         self._digest = digest
         self._leaves = leaves
         self._reader = OrderedReader(
-            client, request_bytes=512 * KiB, allowed=limit.in_flight
+            client, request_bytes=REQUEST, allowed=limit.in_flight
         )
-        self._slots: AsyncIterator[Slot] | None = None
+        self._held: Sequence[EdgeRun] = ()
+        self._slots: AsyncGenerator[Slot, None] | None = None
         self._first: asyncio.Task[Slot | None] | None = None
         self._trimmed = Extent(0, 1, Kind.CLEAN)
         self.progress = Progress(total=clusters.data_bytes)
         self.file_size = self._writer.file_size
 
+    def hold(self, runs: Sequence[EdgeRun]) -> None:
+        """Take these runs of data from here, and read only the others.
+
+        Args:
+            runs: rising; every cluster is DATA. Before anything is read ahead.
+        """
+        self._held = runs
+
     def prefetch(self) -> None:
         """Begin to read ahead, up to the reader's slots, and wait there."""
         if self._first is None:
-            self._slots = self._reader.read(self._runs())
+            self._slots = self._in_order()
             self._first = asyncio.create_task(
                 self._next_slot(self._slots), name="prefetch"
             )
@@ -197,6 +240,25 @@ class DiskStream:
         for piece in self._writer.pieces():
             if isinstance(piece, DataRun):
                 yield piece.guest_offset, piece.length
+
+    async def _in_order(self) -> AsyncGenerator[Slot, None]:
+        """Yield what is read and what is held, by offset; a slot is valid until then.
+
+        The first is read before what is held in front of it is looked at: so others
+        can read ahead while this disk waits for its turn.
+        """
+        held = iter(self._held)
+        one = next(held, None)
+        reading = self._reader.read(without(self._runs(), self._held))
+        async with aclosing(reading) as slots:  # type: ignore[type-var]
+            async for slot in slots:
+                while one is not None and one.offset < slot.offset:
+                    yield _slot_of(one)
+                    one = next(held, None)
+                yield slot
+        while one is not None:
+            yield _slot_of(one)
+            one = next(held, None)
 
     @staticmethod
     async def _next_slot(slots: AsyncIterator[Slot]) -> Slot | None:
@@ -213,7 +275,7 @@ class DiskStream:
         if slots is None or first is None:
             raise IntegrityError("the disk was not opened")
         pending: Slot | None = await first
-        async with aclosing(slots):  # type: ignore[type-var]
+        async with aclosing(slots):
             used = 0  # bytes of the pending slot that are already written
             for piece in self._writer.pieces():
                 if isinstance(piece, Metadata):
@@ -289,4 +351,9 @@ class DiskStream:
         elif self._first is not None and not self._first.cancelled():
             self._first.exception()  # seen here where send() never asked
         if self._slots is not None:
-            await self._slots.aclose()  # type: ignore[attr-defined]
+            await self._slots.aclose()
+
+
+def _slot_of(run: EdgeRun) -> Slot:
+    data = run.data()
+    return Slot(run.offset, run.length, data, memoryview(data))

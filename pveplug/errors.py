@@ -136,6 +136,10 @@ class IntegrityError(PveplugError):
         self.offset = offset
 
 
+class TruncatedError(IntegrityError):
+    """The copy ends too early; nothing is known against what came before."""
+
+
 class JobError(PveplugError):
     """An engine gave up: which VM, which disk, in which phase, and what to do.
 

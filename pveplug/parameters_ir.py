@@ -72,6 +72,15 @@ def ir_rows() -> Iterator[Parameter]:
         "reason in its notes. Running the restore job again goes on where it was.",
     )
     yield row(
+        "ir_network",
+        v.choice("auto", "up", "down"),
+        "auto",
+        "whether the recovered VM's network cards are plugged in",
+        detail="down: each gets link_down=1. auto: down where the original VM still "
+        "exists, else up; two of one address must not meet. bridge_map and mac "
+        "hold as in every restore.",
+    )
+    yield row(
         "ir_nbd_bind",
         v.HOST,
         None,

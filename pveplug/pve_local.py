@@ -215,6 +215,12 @@ class PveLocal:
         listed = await self._run([self.node.pvesm, "list", storage])
         return any(line.split()[:1] == [volid] for line in listed.split("\n"))
 
+    async def volumes(self, storage: str) -> list[str]:
+        """Return the ids of the volumes that a storage lists."""
+        listed = await self._run([self.node.pvesm, "list", storage])
+        words = (line.split()[:1] for line in listed.split("\n")[1:])
+        return [word[0] for word in words if word]
+
     async def fleecing_volumes(self, vmid: int) -> list[str]:
         """Return the volumes of a VM that are named as fleecing images are."""
         name = re.compile(rf"[^:]+:(?:.*/)?vm-{vmid}-fleece-[0-9]+(?:\.\w+)?")
@@ -255,10 +261,17 @@ class PveLocal:
         await self._run(argv, timeout_s=_FREE_S)
 
     async def set_values(
-        self, vmid: int, values: Mapping[str, str], *, delete: Sequence[str] = ()
+        self,
+        vmid: int,
+        values: Mapping[str, str],
+        *,
+        delete: Sequence[str] = (),
+        skiplock: bool = False,
     ) -> None:
-        """Change the VM's configuration as root."""
+        """Change the VM's configuration as root; ``skiplock``: whatever lock it has."""
         argv = [self.node.qm, "set", str(vmid)]
+        if skiplock:
+            argv += ["--skiplock", "1"]
         for key, value in values.items():
             argv += [f"--{key}", value]
         if delete:
@@ -292,7 +305,7 @@ class PveLocal:
             argv += ["--format", form]
         if bwlimit:
             argv += ["--bwlimit", str(bwlimit)]
-        await run_long(argv, on_line=on_line)
+        await run_long(argv, on_line=on_line, keep=self._kept)
 
     # --- files ---------------------------------------------------------------------
 
@@ -439,12 +452,16 @@ async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) ->
 
 
 async def run_long(
-    argv: list[str], *, on_line: Callable[[str], None], gentle_s: float = 60.0
+    argv: list[str],
+    *,
+    on_line: Callable[[str], None],
+    gentle_s: float = 60.0,
+    keep: Sequence[int] = (),
 ) -> None:
     """Run a program that may take hours and tells how far it is.
 
     Cancelled, the program is asked to end (SIGTERM) and has ``gentle_s`` to undo what
-    it began.
+    it began. It inherits the descriptors ``keep``.
 
     Raises:
         ProgramError: it can't be started, or failed; the last lines say why.
@@ -457,6 +474,7 @@ async def run_long(
             stderr=asyncio.subprocess.STDOUT,
             env={**os.environ, "LC_ALL": "C", "LANG": "C"},
             start_new_session=True,
+            pass_fds=tuple(keep),
         )
     except OSError as error:
         raise ProgramError(argv, 127, f"{error.strerror or error}") from error

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Final
 
 from pveplug.cleanup import clean_up, find_ours, listens
-from pveplug.errors import JobError, PveplugError, TransportError
+from pveplug.errors import IntegrityError, JobError, PveplugError, TransportError
 from pveplug.events import Reporter
+from pveplug.ir.control import release, retire
+from pveplug.ir.record import Recovery
 from pveplug.journal import (
     Entry,
     entries_of,
@@ -161,6 +163,13 @@ async def undo(
             functools.partial(local.volume_exists, volid),
             functools.partial(local.deactivate, volid),
         )
+    recovery = Recovery(node, vmid)
+    if entry.created and _was_handed_over(recovery, entry):
+        # Killed between the record, which decides, and the end of the journal.
+        found.did.append(f"left VM {vmid} to its user: it had been handed over")
+        entry = dataclasses.replace(entry, created=False, volumes=[])
+    if entry.created and recovery.exists() and not dry:
+        await release(recovery)
     if entry.created and entry.kind == "prove":
         await step(
             f"stopped VM {vmid}, made for a proof",
@@ -171,7 +180,16 @@ async def undo(
         await step(
             f"destroyed the unfinished VM {vmid}",
             functools.partial(_is_unfinished, local, entry, found),
-            functools.partial(local.destroy_vm, vmid),
+            functools.partial(_destroy, local, vmid),
+        )
+
+        async def landed() -> bool:
+            return recovery.exists()
+
+        await step(
+            f"removed what had landed in {recovery.folder}",
+            landed,
+            functools.partial(retire, node, recovery),
         )
     for volid in entry.volumes:
         await step(
@@ -321,6 +339,23 @@ async def _is_unfinished(local: PveLocal, entry: Entry, found: Undone) -> bool:
         )
         return False
     return True
+
+
+def _was_handed_over(recovery: Recovery, entry: Entry) -> bool:
+    """Whether the VM of an instant recovery is its user's already."""
+    try:
+        record = recovery.load()
+    except IntegrityError:
+        log.warning("vm=%s: its recovery's record can't be read", entry.vmid)
+        return False
+    return record is not None and record.handed and record.uuid == entry.uuid
+
+
+async def _destroy(local: PveLocal, vmid: int) -> None:
+    """Destroy an unfinished VM, which may have got its protection already."""
+    if (await _config(local, vmid) or {}).get("protection", "0") == "1":
+        await local.set_values(vmid, {"protection": "0"}, skiplock=True)
+    await local.destroy_vm(vmid)
 
 
 async def _is_proof_running(local: PveLocal, entry: Entry) -> bool:

@@ -40,8 +40,9 @@ from pveplug.images.chain import (
     check_parent,
     decode_objects,
 )
+from pveplug.images.edges import FILE_BYTES, Edges
 from pveplug.images.evidence import JobEvidence, Paper, is_paper
-from pveplug.images.manifest import LAYOUT_FILE, PREFIX, DiskEntry
+from pveplug.images.manifest import EDGES_FILE, LAYOUT_FILE, PREFIX, DiskEntry
 from pveplug.ir.landing import LandingError
 from pveplug.ir.prove_target import ProveTarget
 from pveplug.ir.target import InstantTarget
@@ -223,6 +224,9 @@ class Restore:
             await file.accept("SKIP")
             return
         vm = self._vms.setdefault(name.directory, _Vm(None, "no restore objects"))
+        if name.file == EDGES_FILE:
+            await self._take_edges(file, name, vm, config, api, local, stack)
+            return
         paper = is_paper(name.file)
         if (not paper and not name.file.endswith(".qcow2")) or not _needed(vm, name):
             await file.accept("SKIP")
@@ -276,6 +280,47 @@ class Restore:
             raise
         except PveplugError as error:
             raise _failed(vm, key, error, None) from error
+        await file.done()
+
+    async def _take_edges(
+        self,
+        file: IncomingFile,
+        name: _Name,
+        vm: _Vm,
+        config: RestoreConfig,
+        api: PveApi,
+        local: PveLocal,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        """Give an instant recovery the ends of its disks; nobody else needs them.
+
+        They are copies: where they can't be used, the images bring the same later.
+        """
+        if config.instant is None or vm.chain is None or not _needed(vm, name):
+            await file.accept("SKIP")
+            return
+        if vm.target is None:
+            vm.target = await self._begin(vm, name, config, api, local, stack)
+        target, known = vm.target, vm.chain.record(name.job).manifest
+        if not known.edges or not isinstance(target, InstantTarget):
+            await file.accept("SKIP")
+            return
+        await file.accept("OK")
+        content = bytearray()
+        async for offset, view in file.data():
+            # What doesn't follow is left out, and so the digest is another.
+            if offset == len(content) and offset + len(view) <= FILE_BYTES:
+                content += view
+        paper = Paper(name.file)
+        paper.add(0, content)
+        try:
+            _evidence(vm, name).paper(paper)
+            await target.take_edges(name.job, Edges.decode(content))
+        except IntegrityError as error:
+            self._session.warning(
+                f"VM {target.vmid}: {error}; the guest waits for the ends of its disks "
+                "until this job's images have come"
+            )
         await file.done()
 
     async def _take_paper(self, file: IncomingFile, name: _Name, vm: _Vm) -> None:

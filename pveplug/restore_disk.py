@@ -21,6 +21,7 @@ from pveplug.extents import Kind
 from pveplug.images.chain import Chain
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import VERSION, DigestVerifier
+from pveplug.images.edges import DiskEdges
 from pveplug.images.evidence import check_counts, check_header
 from pveplug.images.manifest import DiskEntry, parse_backing
 from pveplug.images.qcow2_reader import (
@@ -180,6 +181,22 @@ class DiskWriter:
         self.written.jobs.append(job)
         self._missing.discard(job)
         return root
+
+    async def copy(self, job: str, disk: DiskEdges) -> None:
+        """Write what a job has the last word on of its copied runs, in any order.
+
+        The image is as much needed as before. Only where the owners are known.
+
+        Raises:
+            IntegrityError: a copy isn't what was stored.
+        """
+        sink = self._sink
+        if sink is None or self._chain is None or not self._owners:
+            raise IntegrityError("the disk's volume was not opened for copies")
+        owned = self._chain.owned(job, self.key)
+        for run in disk.runs:
+            event = GuestData(run.offset, memoryview(run.data()))
+            await self._write_owned(sink, event, owned)
 
     async def _take(
         self,

@@ -106,6 +106,7 @@ class VmTarget:
         self._replaced: dict[str, str] = {}
         self._plan: RestorePlan | None = None
         self._adopted = False
+        self._original_exists = False
         self._stale: list[str] = []
         """Keys the VM was created with that its newest configuration doesn't have."""
         self._surplus: list[str] = []
@@ -236,6 +237,7 @@ class VmTarget:
             with contextlib.suppress(PveplugError):
                 config = await self._api.vm_config(twin.node, twin.vmid)
                 there = smbios_uuid(config.values) == manifest.uuid
+        self._original_exists = there
         return Target(
             storages=storages,
             is_root=self._config.connection.user == "root@pam",

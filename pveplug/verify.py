@@ -35,6 +35,7 @@ from pveplug.images.evidence import (
 )
 from pveplug.images.manifest import (
     CONFIG_FILE,
+    EDGES_FILE,
     FIREWALL_FILE,
     LAYOUT_FILE,
     MANIFEST_FILE,
@@ -262,6 +263,8 @@ class Verify:
         if (best := evidence.best) is not None:
             if best.firewall is not None:
                 keys[FIREWALL_FILE] = None
+            if best.edges:
+                keys[EDGES_FILE] = None
             for disk in best.disks:
                 keys[disk.image] = disk.key
                 if disk.digest_root:

@@ -2,12 +2,13 @@
 """What one job's files say of each other, in whatever order they come.
 
 Everything is told at least twice: the manifest has the texts of ``vm.conf`` and
-``firewall.fw`` and the root of each disk's digests, ``layout.json`` is the manifest
-without those roots, a restore object is the manifest once more, and each image says of
-which disk and on whose image it is. A change of any of them contradicts another::
+``firewall.fw``, the digest of ``edges.bin`` and the root of each disk's digests,
+``layout.json`` is the manifest without those roots, a restore object is the manifest
+once more, and each image says of which disk and on whose image it is. A change of any
+of them contradicts another::
 
     restore object == manifest.json ==(but roots) layout.json
-        ├─ vm.conf, firewall.fw
+        ├─ vm.conf, firewall.fw, edges.bin
         └─ per disk: root == BLAKE3(scsi0.digests) == what the image's data gives
 
 A :class:`JobEvidence` compares each pair as soon as both sides are there.
@@ -24,6 +25,7 @@ from pveplug.errors import IntegrityError
 from pveplug.images.digests import DigestVerifier
 from pveplug.images.manifest import (
     CONFIG_FILE,
+    EDGES_FILE,
     FIREWALL_FILE,
     LAYOUT_FILE,
     MANIFEST_FILE,
@@ -39,7 +41,7 @@ _DIGESTS: Final = ".digests"
 
 def is_paper(file: str) -> bool:
     """Whether a file's name is one that a job has beside its images."""
-    papers = (CONFIG_FILE, FIREWALL_FILE, LAYOUT_FILE, MANIFEST_FILE)
+    papers = (CONFIG_FILE, FIREWALL_FILE, LAYOUT_FILE, EDGES_FILE, MANIFEST_FILE)
     return file in papers or file.endswith(_DIGESTS)
 
 
@@ -205,6 +207,10 @@ class JobEvidence:
             return
         self._check_text(CONFIG_FILE, best.config)
         self._check_text(FIREWALL_FILE, best.firewall)
+        if self._papers.get(EDGES_FILE, best.edges) != best.edges:
+            raise self._error(
+                EDGES_FILE, "it is not the file whose digest the manifest has"
+            )
         if proven is not None:
             for disk in proven.disks:
                 self._check_roots(disk)

@@ -24,8 +24,8 @@ from blake3 import blake3
 from pveplug.errors import IntegrityError
 from pveplug.images.clusters import MAX_SIZE
 
-VERSION: Final = 2
-"""2: ends with ``self``; its digests cover zero clusters too."""
+VERSION: Final = 3
+"""2: ends with ``self``; its digests cover zero clusters too. 3: has ``edges``."""
 PREFIX: Final = "/@proxmox"
 MAX_JSON: Final = 16 * 1024 * 1024
 """A PVE configuration is at most 1 MiB; more than this is not one of ours."""
@@ -34,6 +34,8 @@ MANIFEST_FILE: Final = "manifest.json"
 LAYOUT_FILE: Final = "layout.json"
 """The manifest as it is known before the images: without their digests' roots. It comes
 first in the stream, for a restore that has to do without the catalogue's objects."""
+EDGES_FILE: Final = "edges.bin"
+"""Copies of what lies at the ends of the disks, see :mod:`pveplug.images.edges`."""
 CONFIG_FILE: Final = "vm.conf"
 FIREWALL_FILE: Final = "firewall.fw"
 
@@ -128,6 +130,7 @@ class Manifest:
         config: text of the VM's configuration, current section.
         left_out: disk key -> why it isn't here.
         versions: program -> version, e.g. pveplug, qemu, pve, bacula.
+        edges: BLAKE3-128 in hex of edges.bin; empty: the job has none.
     """
 
     vmid: int
@@ -147,6 +150,7 @@ class Manifest:
     chain: str = ""
     parent_manifest: str | None = None
     template: bool = False
+    edges: str = ""
     version: int = VERSION
 
     def disk(self, key: str) -> DiskEntry | None:
@@ -178,6 +182,8 @@ class Manifest:
     def to_json(self) -> bytes:
         """Return the content of manifest.json, the same for the same manifest."""
         values = dataclasses.asdict(self)
+        if self.version < 3:
+            del values["edges"]
         if self.version < 2:
             return json.dumps(values, indent=1).encode() + b"\n"
         return sealed(values)
@@ -211,6 +217,8 @@ class Manifest:
             if not sealed_text:
                 raise IntegrityError("manifest: it does not end with its own digest")
             del values["self"]
+        if version < 3 and "edges" in values:
+            raise IntegrityError(f"manifest: version {version} has no edges")
         entries = values.get("disks", [])
         if not isinstance(entries, list):
             raise IntegrityError("manifest: disks is not a list")
@@ -219,6 +227,8 @@ class Manifest:
         made = cls(**values)
         if len({disk.key for disk in made.disks}) != len(made.disks):
             raise IntegrityError("manifest: a disk appears twice")
+        if not re.fullmatch(r"([0-9a-f]{32})?", made.edges):
+            raise IntegrityError(f"manifest: impossible edges {made.edges!r}")
         if made.vmid < 0 or made.started < 0:
             raise IntegrityError("manifest: negative vmid or time")
         if not re.fullmatch(r"[0-9A-Fa-f-]{0,36}", made.uuid):

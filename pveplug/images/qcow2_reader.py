@@ -23,7 +23,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Final
 
-from pveplug.errors import IntegrityError, LocalProtocolError
+from pveplug.errors import IntegrityError, LocalProtocolError, TruncatedError
 from pveplug.extents import Extent, Kind
 from pveplug.images import qcow2_layout as qcow2
 from pveplug.images.clusters import MAX_SIZE
@@ -168,10 +168,11 @@ class Qcow2StreamReader:
         try:
             if self._state is not _State.END or not self._header:
                 size = self._header.file_size if self._header else None
-                raise self._error(
-                    self.position,
-                    f"the stream ends here{f' of {size}' if size else ''}, "
-                    f"in the {self._state.value}",
+                at = self.position
+                raise TruncatedError(
+                    f"{self._name}: qcow2 at byte {at}: the stream ends here"
+                    f"{f' of {size}' if size else ''}, in the {self._state.value}",
+                    offset=at,
                 )
             if file_size is not None and file_size != self._header.file_size:
                 raise self._error(

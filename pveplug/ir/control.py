@@ -26,6 +26,7 @@ ANSWER_S: Final = 20.0
 START_S: Final = 60.0
 SYSTEMCTL_S: Final = 90.0
 POLL_S: Final = 0.1
+RETIRE_S: Final = 15.0
 MAX_LINE: Final = 64 * 1024
 
 
@@ -104,6 +105,23 @@ async def ask(recovery: Recovery, do: str) -> State:
     if "error" in answer:
         raise TransportError(f"the keeper of VM {recovery.vmid}: {answer['error']}")
     return State.parsed(answer)
+
+
+async def release(recovery: Recovery) -> None:
+    """Fail the reads that wait for what will not come, so that QEMU can end."""
+    with contextlib.suppress(TransportError):
+        await ask(recovery, "release")
+
+
+async def retire(node: Node, recovery: Recovery) -> None:
+    """End the keeper, which nobody needs, and remove all that has landed."""
+    with contextlib.suppress(TransportError):
+        await ask(recovery, "retire")
+    with contextlib.suppress(TransportError):
+        async with recovery.keeping(RETIRE_S):
+            pass  # it has ended
+    recovery.remove()
+    await disable_unit(node, recovery.vmid)
 
 
 async def start_keeper(node: Node, recovery: Recovery) -> State:

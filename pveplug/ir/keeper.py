@@ -6,7 +6,7 @@ One per VM, apart from Bacula and its jobs, for the VM must not depend on them::
     landing store ──► LandingDevice ──► NBD server ──► QEMU's overlay
          ▲ doorbell                        │
     restore jobs                     all here: `qm disk move`, one disk after the other
-                                     nothing comes for ir_timeout: `qm suspend`
+                                     nothing comes for ir_timeout: it is paused
 
 It is root on its node and holds no credential: what it does to the VM goes through
 ``qm``. It never destroys a VM and never touches an overlay; when its disks have moved
@@ -33,11 +33,14 @@ import uvloop
 
 from pveplug import log as own_log
 from pveplug import sdnotify
+from pveplug.cleanup import query_blocked
 from pveplug.errors import PveplugError
+from pveplug.ir import pausing
 from pveplug.ir.control import MAX_LINE, DiskState, State, disable_unit
 from pveplug.ir.device import LandingDevice
 from pveplug.ir.landing import Landing
-from pveplug.ir.notes import noted, running_note, untagged, without_note
+from pveplug.ir.moving import clear_cut_move, move
+from pveplug.ir.notes import running_note, untagged, without_note
 from pveplug.ir.record import LandedDisk, Record, Recovery
 from pveplug.ir.streaming import make_independent, same_place, stands_alone
 from pveplug.nbd.client import Address, TcpAddress, UnixAddress
@@ -45,8 +48,6 @@ from pveplug.nbd.server import NbdServer, serve
 from pveplug.node import Node, load_node
 from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
-from pveplug.qmp import qmp_session
-from pveplug.units import human
 from pveplug.vmconfig import Drive, drives
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,14 @@ EX_SOFTWARE: Final = 70
 TICK_S: Final = 0.5
 ORPHAN_S: Final = 30.0
 """How long a recovery that nobody took over may be without the job that makes it."""
+_PASSES: Final = frozenset({Reason.LOCKED, Reason.BUSY})
+"""Why PVE refuses a move for now: a backup has the VM, say."""
 LOOK_S: Final = 30.0
 """How often to ask whether the VM is still there; each `qm` costs a second."""
-RESUMES: Final = 20
+AGAIN_S: Final = 10.0
+"""How long after PVE was busy with the VM a move is tried again."""
+STOPPED_LOOK_S: Final = 5.0
+"""How often to ask QEMU whether an I/O error has stopped the guest."""
 LINKS_S: Final = 60.0
 """How long QEMU may keep a connection to a disk that has moved away."""
 
@@ -108,11 +114,13 @@ class Keeper:
         self._moving: dict[str, str] = {}
         self._moved: set[str] = set()
         self._trouble = ""
-        self._paused = False
         self._over = asyncio.Event()
         self._orphan_since: float | None = None
         self._seen_s = 0.0
         self._looked_s = 0.0
+        self._asked_s = 0.0
+        self._again_s = 0.0
+        self._stopped = ""
         self._owed = -1
 
     # --- serving ---------------------------------------------------------------------
@@ -183,6 +191,7 @@ class Keeper:
                 pass
             case "migrate":
                 self._migrate = True
+                self._again_s = 0.0
                 self._trouble = ""
             case "release":
                 for device in self._devices.values():
@@ -217,12 +226,17 @@ class Keeper:
             phase = "landed"
         return State(
             phase,
-            self._trouble,
-            self._paused,
+            self._told(),
+            bool(pausing.why_paused(self._recovery)),
             self._recovery.fed(),
             self._server.clients if self._server else 0,
             disks,
         )
+
+    def _told(self) -> str:
+        """Return what is wrong, the worst first."""
+        paused = pausing.why_paused(self._recovery)
+        return paused or self._stopped or self._trouble
 
     # --- looking after it ------------------------------------------------------------
 
@@ -239,30 +253,65 @@ class Keeper:
             self._recovery.remove()
             self._over.set()
             return
-        owed = sum(landing.owed_bytes for landing in self._landings.values())
-        if owed != self._owed or self._seen_s == 0.0:
-            if self._owed >= 0 and self._paused:
-                await self._go_on("its data comes again")
-            self._owed, self._seen_s = owed, now
-        if owed:
-            overdue = now - self._seen_s > record.timeout
-            if overdue and not self._paused and record.handed:
-                await self._pause(owed)
-            return
-        if self._paused:
-            await self._go_on("all of its data is here")
-        if record.handed and self._migration is None and self._migrate:
-            self._migrate = False
-            self._migration = asyncio.create_task(self._move_all(), name="migration")
-        if self._migration is not None and self._migration.done():
-            done, self._migration = self._migration, None
-            await self._after(done)
+        if record.handed and not record.damage:
+            await self._tick_data(now)
+            await self._tick_move(now)
+        if record.started and now - self._asked_s > STOPPED_LOOK_S:
+            self._asked_s = now
+            await self._look_whether_stopped()
         if record.handed and now - self._looked_s > LOOK_S:
             self._looked_s = now
             if await self._config() is None:
                 log.warning("ir-gone vm=%s", record.vmid)
                 self._recovery.remove()
                 self._over.set()
+
+    async def _tick_data(self, now: float) -> None:
+        """Pause a VM whose data stays away; let it go on when that comes."""
+        owed = sum(landing.owed_bytes for landing in self._landings.values())
+        paused = bool(pausing.why_paused(self._recovery))
+        if owed != self._owed:
+            if paused and (self._owed >= 0 or not owed):
+                await self._go_on()
+            self._owed, self._seen_s = owed, now
+        elif owed and not paused and now - self._seen_s > self._record.timeout:
+            await self._pause(owed)
+
+    async def _tick_move(self, now: float) -> None:
+        """Begin a migration, or see one to its end."""
+        if self._owed or not self._record.whole:
+            return
+        if self._migration is not None and self._migration.done():
+            done, self._migration = self._migration, None
+            await self._after(done)
+        elif self._migration is None and self._migrate and now >= self._again_s:
+            self._migrate = False
+            self._migration = asyncio.create_task(self._move_all(), name="migration")
+
+    async def _look_whether_stopped(self) -> None:
+        """See to a guest that an I/O error has stopped (rerror and werror are stop)."""
+        vmid = self._record.vmid
+        if self._local.vm_running(vmid) is None:
+            self._stopped = ""
+            return
+        try:
+            found = await query_blocked(self._node.qmp_socket(vmid))
+        except PveplugError as error:
+            log.info("ir vm=%s: %s", vmid, error)
+            return
+        if found is None:
+            self._stopped = ""
+        elif found:
+            self._stopped = (
+                f"the guest is stopped: no room for its writes to {', '.join(found)}. "
+                "Nothing is lost. Remedy: make room on the storage of its overlays, "
+                f"then qm resume {vmid}"
+            )
+        elif not pausing.why_paused(self._recovery):
+            # Reads failed, as their link was away for longer than QEMU waits. It is
+            # back; what failed is done again.
+            log.warning("ir-stopped vm=%s goes on", vmid)
+            await self._quietly(pausing.resume(self._local, vmid))
 
     def _orphaned(self, record: Record, fed: bool, now: float) -> bool:
         """Whether nobody makes it any more, and nobody took it over."""
@@ -276,58 +325,16 @@ class Keeper:
     async def _pause(self, owed: int) -> None:
         """Stop the guest before its own patience ends; nothing of it is lost."""
         record = self._record
-        text = (
-            f"Paused by pveplug: {human(owed)} of its disks have not come for "
-            f"{record.timeout} s (ir_timeout). Nothing is lost. Run the restore of job "
-            f"{record.head} again: it goes on where it was, and so does this VM. Or "
-            f"give it up: pveplug ir discard --vmid {record.vmid}"
-        )
-        self._paused = True
-        self._trouble = text
         log.warning("ir-paused vm=%s owed=%s", record.vmid, owed)
-        await self._quietly(self._monitor("stop"))
-        await self._note(text)
+        text = pausing.late(record.vmid, owed, record.timeout, record.head)
+        await self._quietly(pausing.pause(self._local, self._recovery, text))
 
-    async def _go_on(self, why: str) -> None:
-        self._paused = False
+    async def _go_on(self) -> None:
+        vmid = self._record.vmid
+        log.info("ir-resumed vm=%s", vmid)
         self._trouble = ""
-        vmid = self._record.vmid
-        log.info("ir-resumed vm=%s: %s", vmid, why)
-        await self._quietly(self._run_again())
-        await self._note(running_note(vmid, self._record.head))
-
-    async def _monitor(self, command: str) -> str:
-        """Stop or continue the guest; return QEMU's word for its state.
-
-        Not by `qm`: a move holds the lock that it needs for as long as it lasts.
-        """
-        vmid = self._record.vmid
-        if self._local.vm_running(vmid) is None:
-            return "stopped"
-        async with qmp_session(self._node.qmp_socket(vmid)) as qmp:
-            await qmp.execute(command)
-            return str((await qmp.execute("query-status"))["status"])
-
-    async def _run_again(self) -> None:
-        """Continue the guest, again where QEMU has yet to find its server."""
-        for _ in range(RESUMES):
-            if await self._monitor("cont") in ("running", "stopped"):
-                await asyncio.sleep(TICK_S)
-                if await self._monitor("query-status") in ("running", "stopped"):
-                    return
-            await asyncio.sleep(TICK_S)
-        raise PveplugError(
-            f"VM {self._record.vmid} stays paused; look at it, then "
-            f"qm resume {self._record.vmid}"
-        )
-
-    async def _note(self, text: str) -> None:
-        config = await self._config()
-        if config is not None:
-            described = noted(config.get("description", ""), text)
-            await self._quietly(
-                self._local.set_values(self._record.vmid, {"description": described})
-            )
+        note = running_note(vmid, self._record.head)
+        await self._quietly(pausing.go_on(self._local, self._recovery, note))
 
     async def _quietly(self, work: object) -> None:
         """Await what must not end us when it fails; it is logged and told."""
@@ -351,6 +358,7 @@ class Keeper:
 
     async def _moved_before(self) -> None:
         """Find out what an earlier keeper has moved."""
+        await self._quietly(clear_cut_move(self._node, self._local, self._recovery))
         config = await self._config()
         if not config:
             return
@@ -385,13 +393,9 @@ class Keeper:
                     self._node, self._local, record.vmid, disk, record.bwlimit, heard
                 )
                 return
-            await self._local.move_disk(
-                record.vmid,
-                disk.key,
-                disk.storage,
-                form=disk.form,
-                bwlimit=record.bwlimit,
-                on_line=heard,
+            await clear_cut_move(self._node, self._local, self._recovery)
+            await move(
+                self._node, self._local, self._recovery, disk, record.bwlimit, heard
             )
         finally:
             self._moving.pop(disk.key, None)
@@ -407,23 +411,30 @@ class Keeper:
             return
         if not isinstance(error, PveplugError):
             raise error
+        if isinstance(error, ProgramError) and error.reason in _PASSES:
+            log.info("ir-migration vm=%s again: %s", record.vmid, error)
+            self._again_s = asyncio.get_running_loop().time() + AGAIN_S
+            self._migrate = True
+            return
         self._trouble = (
             f"a disk could not be moved: {error}. The VM goes on as it is. Remedy: "
             f"mend that, then pveplug ir migrate --vmid {record.vmid}"
         )
         log.warning("ir-migration vm=%s: %s", record.vmid, error)
-        await self._note(self._trouble)
+        await self._quietly(pausing.describe(self._local, record.vmid, self._trouble))
 
     async def _finish(self) -> None:
         """The VM stands on its own: take our traces away and end."""
         record = self._record
         config = await self._config()
+        self._trouble = ""
         if config:
             values, delete = finished(record, config)
             await self._quietly(
                 self._local.set_values(record.vmid, values, delete=delete)
             )
             if self._trouble:
+                log.warning("ir-finish vm=%s: %s", record.vmid, self._trouble)
                 return  # told; `pveplug ir migrate` tries again
         loop = asyncio.get_running_loop()
         deadline = loop.time() + LINKS_S
@@ -503,10 +514,18 @@ async def _main(node: Node, vmid: int) -> int:
         await disable_unit(node, vmid)
         return EX_OK
     recovery.make_runtime()
-    with own_log.context(vm=vmid), recovery.keeping() as ours:
+    with own_log.context(vm=vmid):
+        await _keep(node, recovery, record)
+    if recovery.load() is None:
+        await disable_unit(node, vmid)
+    return EX_OK
+
+
+async def _keep(node: Node, recovery: Recovery, record: Record) -> None:
+    async with recovery.keeping() as ours:
         if not ours:
             log.info("ir-keeper: another serves already")
-            return EX_OK
+            return
         keeper = Keeper(node, recovery, record)
         work = asyncio.create_task(keeper.run(asyncio.Event()), name="keeper")
         loop = asyncio.get_running_loop()
@@ -514,9 +533,6 @@ async def _main(node: Node, vmid: int) -> int:
             loop.add_signal_handler(number, work.cancel)
         with contextlib.suppress(asyncio.CancelledError):
             await work
-    if recovery.load() is None:
-        await disable_unit(node, vmid)
-    return EX_OK
 
 
 if __name__ == "__main__":

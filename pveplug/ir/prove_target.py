@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from pveplug.errors import JobError, PveplugError, TransportError
-from pveplug.ir.control import ask
+from pveplug.errors import JobError, PveplugError
+from pveplug.ir.control import release
 from pveplug.ir.proof import watch, write_report
 from pveplug.ir.target import InstantTarget
 from pveplug.proveconfig import config_for_proof, wanted_for
@@ -42,7 +42,7 @@ class ProveTarget(InstantTarget):
         self._restore_s = 0.0
         await super().begin(job)
 
-    async def _resume(self) -> bool:
+    async def _resume(self, job: str) -> bool:
         return False  # a proof is of one restore, from its beginning
 
     def _shaped(self, plan: RestorePlan) -> RestorePlan:
@@ -159,8 +159,7 @@ class ProveTarget(InstantTarget):
             watching.cancel()
             await asyncio.wait([watching])
         if self._recovery is not None:
-            with contextlib.suppress(TransportError):
-                await ask(self._recovery, "release")
+            await release(self._recovery)
         if self.vmid and self._local.vm_running(self.vmid) is not None:
             with contextlib.suppress(PveplugError):
                 await self._local.stop_vm(self.vmid)

@@ -76,8 +76,14 @@ class Record:
         timeout: how long data may stay away before the VM is paused.
         bind, port: where its disks are served; no bind: a unix socket.
         notes: the VM's description, tags, protection and onboot as they shall be.
+        config: what the VM is told when it gets its disks, besides them; ``stale``:
+            what it then must not have any more.
         prove: made for a proof, and goes with it.
         handed: the VM is its user's: only ``discard`` removes it.
+        started: we have tried to start it; from then on that is its user's affair.
+        whole: all of its data came and was what had been stored; only then are its
+            disks moved.
+        damage: what was wrong with its data; empty: nothing is known.
     """
 
     vmid: int
@@ -95,8 +101,13 @@ class Record:
     bind: str = ""
     port: int = 0
     notes: dict[str, str] = field(default_factory=dict)
+    config: dict[str, str] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
     prove: bool = False
     handed: bool = False
+    started: bool = False
+    whole: bool = False
+    damage: str = ""
 
     @property
     def served(self) -> list[LandedDisk]:
@@ -141,6 +152,10 @@ class Recovery:
     def make_runtime(self) -> None:
         """Make what a reboot has taken away."""
         self.runtime.mkdir(OWNER_ONLY, parents=True, exist_ok=True)
+
+    def exists(self) -> bool:
+        """Whether anything of it is there, finished or not."""
+        return self.folder.exists() or self.runtime.exists()
 
     def load(self) -> Record | None:
         """Return the record; None: there is no recovery of this VM.
@@ -214,11 +229,19 @@ class Recovery:
         """Whether a keeper serves its disks."""
         return _held(self.folder / KEEPER_LOCK)
 
-    @contextlib.contextmanager
-    def keeping(self) -> Iterator[bool]:
-        """Be the keeper; False: there is one."""
+    @contextlib.asynccontextmanager
+    async def keeping(self, wait_s: float = 1.0) -> AsyncIterator[bool]:
+        """Be the keeper; False: there is one.
+
+        Who asks :meth:`kept` holds the lock for a moment, hence ``wait_s``.
+        """
+        deadline = asyncio.get_running_loop().time() + wait_s
         with _opened(self.folder / KEEPER_LOCK) as fd:
-            yield _locked(fd)
+            while not (ours := _locked(fd)):
+                if asyncio.get_running_loop().time() > deadline:
+                    break
+                await asyncio.sleep(POLL_S)
+            yield ours
 
     def remove(self) -> None:
         """Remove everything that is written down and landed; never raises."""

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
-from pveplug.errors import JobError, TransportError
-from pveplug.ir.control import ask, disable_unit
+from pveplug.errors import JobError
+from pveplug.ir.control import release, retire
 from pveplug.ir.record import Record, Recovery
 from pveplug.node import Node
 from pveplug.proto.pve_refusal import Reason
@@ -76,8 +75,7 @@ async def remove_vm(
         )
     if local.vm_running(vmid) is not None:
         # Reads that wait for what will not come would keep QEMU from ending.
-        with contextlib.suppress(TransportError):
-            await ask(recovery, "release")
+        await release(recovery)
         await local.stop_vm(vmid)
         say(f"VM {vmid}: stopped")
     if config.get("protection", "0") == "1":
@@ -88,7 +86,4 @@ async def remove_vm(
 
 async def remove_traces(node: Node, recovery: Recovery) -> None:
     """End the keeper and remove what has landed."""
-    with contextlib.suppress(TransportError):
-        await ask(recovery, "retire")
-    recovery.remove()
-    await disable_unit(node, recovery.vmid)
+    await retire(node, recovery)

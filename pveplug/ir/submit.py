@@ -7,8 +7,9 @@ job brought is final, an older one only fills gaps. Every restore job names all 
 of the chain and marks only its own directory: so the restore objects of the whole chain
 arrive with each, and the recovery knows from the first what is still owed.
 
-A VM with EFI variables or a TPM gets one restore job more, before the others: only
-those small images, of the whole chain, since QEMU can't wait for them.
+One more restore job goes before the others, of the whole chain: the small images of EFI
+variables and TPM, since QEMU can't wait for them, and the copies of what lies at the
+disks' ends, at which every guest looks while it boots (:mod:`pveplug.images.edges`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FIRST_OF_HEAD: Final = (
     manifest.FIREWALL_FILE,
     manifest.MANIFEST_FILE,
 )
-"""What goes with the firmware, where a job has it: to tell the head by."""
+"""What goes with what is first, where a job has it: to tell the head by."""
 
 _BACULA_S_OWN: Final = "Connected to Storage "
 """A file daemon of 15.0 says that itself, in every job."""
@@ -150,7 +151,7 @@ def planned(
     restore_client: str,
     restore_job: str,
 ) -> Plan:
-    """Return the restore jobs of a chain, newest first, firmware before all.
+    """Return the restore jobs of a chain, newest first, what boots before all.
 
     Args:
         chain: Bacula's jobs, oldest first, the head's last.
@@ -183,9 +184,28 @@ def planned(
         step(f"{part.job} (JobId {part.job_id})", (part.directory, part.names))
         for part in parts
     ]
-    if marks := firmware_marks(parts):
-        steps.insert(0, step("firmware state of the whole chain", *marks))
+    marks = first_marks(parts)
+    if marks and len(parts) > 1:
+        # With the newest job, for each job costs seconds: Bacula gives the older ones'
+        # small files first, and then what is as a rule the smallest of all.
+        last = parts[0]
+        older = [mark for mark in marks if mark[0] != last.directory]
+        title = f"{_what(marks)} of the whole chain, and {steps[0].title}"
+        steps[0] = step(title, (last.directory, last.names), *older)
+    elif marks and manifest.image_file("tpmstate0") in parts[0].names:
+        # It comes after the disks in its job, and the start can't wait for those.
+        steps.insert(0, step(_what(marks), *marks))
     return Plan(head, tuple(chain), tuple(parts), tuple(steps), _remarks(head, found))
+
+
+def _what(marks: Sequence[tuple[str, tuple[str, ...]]]) -> str:
+    names = {name for _, found in marks for name in found}
+    firmware = any(manifest.image_file(key) in names for key in FIRMWARE_KEYS)
+    parts = [
+        *(["firmware state"] if firmware else []),
+        *(["ends of the disks"] if manifest.EDGES_FILE in names else []),
+    ]
+    return " and ".join(parts)
 
 
 def whole(plan: Plan) -> RestoreOrder:
@@ -195,24 +215,25 @@ def whole(plan: Plan) -> RestoreOrder:
     return dataclasses.replace(order, marks=marks)
 
 
-def firmware_marks(parts: Sequence[Part]) -> list[tuple[str, tuple[str, ...]]]:
+def first_marks(parts: Sequence[Part]) -> list[tuple[str, tuple[str, ...]]]:
     """Return what is restored before all else, newest part first; empty: nothing.
 
     Args:
         parts: newest first.
     """
     keys = [key for key in FIRMWARE_KEYS if manifest.image_file(key) in parts[0].names]
-    if not keys:
-        return []
-    images = {
+    wanted = {
         name
         for key in keys
         for name in (manifest.image_file(key), manifest.digest_file(key))
     }
+    wanted.add(manifest.EDGES_FILE)
+    if not any(wanted.intersection(part.names) for part in parts):
+        return []
     marks: list[tuple[str, tuple[str, ...]]] = []
     for part in parts:
         small = FIRST_OF_EACH if marks else FIRST_OF_HEAD
-        names = tuple(name for name in part.names if name in images or name in small)
+        names = tuple(name for name in part.names if name in wanted or name in small)
         if names:
             marks.append((part.directory, names))
     return marks

@@ -5,7 +5,7 @@ Takes the place of :class:`~pveplug.restore_vm.VmTarget` in a restore job::
 
     claim the VMID ── create without disks ── lock ── overlays, landing store, keeper
         images ──► landing store ──► (keeper) ──► VM
-        EFI and TPM complete, first cluster here ── unlock ── attach ── start
+        EFI and TPM complete, first clusters here ── unlock ── attach ── start
     end of the job: everything is here ── the keeper moves the disks ── done
 
 Until the VM is handed over (which is before its start) a failure undoes everything.
@@ -20,16 +20,25 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
 from typing import Final
 
 from pveplug.config import Instant, RestoreConfig
-from pveplug.errors import JobError, PveplugError, RequestError, TransportError
+from pveplug.errors import (
+    IntegrityError,
+    JobError,
+    PveplugError,
+    RequestError,
+    TransportError,
+    TruncatedError,
+)
 from pveplug.events import Reporter
-from pveplug.ir import overlay
-from pveplug.ir.control import State, ask, start_keeper
+from pveplug.images.edges import Edges
+from pveplug.ir import overlay, pausing
+from pveplug.ir.control import State, ask, retire, start_keeper
 from pveplug.ir.firmware import copy_landed
 from pveplug.ir.landing import Landing, LandingError
 from pveplug.ir.notes import noted, running_note, tagged
@@ -37,14 +46,16 @@ from pveplug.ir.presence import Mark
 from pveplug.ir.record import LandedDisk, Record, Recovery, recoveries
 from pveplug.ir.sink import LandingSink
 from pveplug.node import Node
+from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.pve import PveApi
 from pveplug.pve_local import PveLocal
 from pveplug.restore_disk import DiskWriter, Limit
 from pveplug.restore_vm import Goal, VmTarget, Volume
 from pveplug.tasks import to_the_end
 from pveplug.units import human
-from pveplug.vmconfig import smbios_uuid
-from pveplug.vmrestore import DiskPlan
+from pveplug.values import Mapped
+from pveplug.vmconfig import drives, properties, render_properties, smbios_uuid
+from pveplug.vmrestore import DiskPlan, RestorePlan, Wishes
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +86,9 @@ class InstantTarget(VmTarget):
         super().__init__(config, node, api, local, goal, limit, say)
         self._instant = instant
         self._landings: dict[str, Landing] = {}
+        self._sinks: dict[str, LandingSink] = {}
+        self._blank: set[str] = set()
+        """Disks of which all that reads as zeroes is marked."""
         self._feeding = contextlib.AsyncExitStack()
         self._recovery: Recovery | None = None
         self._record: Record | None = None
@@ -82,6 +96,7 @@ class InstantTarget(VmTarget):
         self._starter: asyncio.Task[None] | None = None
         self._began = time.monotonic()
         self._start_failed = ""
+        self._starting = False
         self._job = ""
 
     @property
@@ -107,7 +122,7 @@ class InstantTarget(VmTarget):
 
     async def begin(self, job: str) -> None:
         """Make the VM, or find the one that an earlier job has begun."""
-        if self._goal.chain is not None and await self._resume():
+        if self._goal.chain is not None and await self._resume(job):
             return
         self._job = job
         await super().begin(job)
@@ -125,23 +140,60 @@ class InstantTarget(VmTarget):
         await self._establish(job)
         self._starter = asyncio.create_task(self._start_early(), name="start the VM")
 
-    async def _resume(self) -> bool:
-        """Go on with a recovery of the same backup that isn't complete."""
-        manifest = self._goal.manifest
-        wanted = self._config.vmid_for(manifest.vmid)
+    def _wishes(self) -> Wishes:
+        """As in a restore; ``ir_target_storage`` is where all disks end."""
+        wishes = super()._wishes()
+        if self._instant.target_storage is None:
+            return wishes
+        return dataclasses.replace(
+            wishes, storage=self._instant.target_storage, storage_map=Mapped()
+        )
+
+    def _shaped(self, plan: RestorePlan) -> RestorePlan:
+        """Unplug the network cards where two VMs of one address could meet."""
+        wish = self._instant.network
+        if wish == "up" or (wish == "auto" and not self._original_exists):
+            return plan
+        params = {
+            key: _unplugged(value) if re.fullmatch(r"net\d+", key) else value
+            for key, value in plan.params.items()
+        }
+        if params == plan.params:
+            return plan
+        why = "ir_network=down" if wish == "down" else "the original VM still exists"
+        warning = (
+            f"its network cards are unplugged (link_down=1), for {why}; plug them in "
+            "in Proxmox VE, or give ir_network=up"
+        )
+        return dataclasses.replace(
+            plan, params=params, warnings=(*plan.warnings, warning)
+        )
+
+    async def _resume(self, job: str) -> bool:
+        """Go on with a recovery of the same backup that isn't complete.
+
+        Raises:
+            JobError: the id that is wanted is under another recovery, or under this
+                one and it can't go on.
+        """
+        wanted = self._config.vmid_for(self._goal.manifest.vmid)
         for vmid in recoveries(self._node):
             recovery = Recovery(self._node, vmid)
-            record = recovery.load()
-            if (
-                record is None
-                or not record.handed
-                or record.head != manifest.job
-                or record.directory != manifest.directory.rsplit("/", 1)[0]
-                or wanted not in (None, vmid)
-            ):
+            if wanted not in (None, vmid):
                 continue
-            await self._check_still_there(record)
+            try:
+                record = recovery.load()
+            except IntegrityError:
+                if wanted is not None:
+                    raise
+                continue  # somebody else's affair
+            if record is None or not await self._can_go_on(record, wanted):
+                continue
             await self._feeding.enter_async_context(recovery.feeding(FEED_WAIT_S))
+            if (record := recovery.load()) is None:
+                # It came to its end, or was discarded, while we waited.
+                await self._feeding.aclose()
+                continue
             self._recovery, self._record, self._resumed = recovery, record, True
             recovery.make_runtime()
             state = await start_keeper(self._node, recovery)
@@ -158,26 +210,59 @@ class InstantTarget(VmTarget):
                 disk.source: Volume(_plan_of(disk)) for disk in record.disks
             }
             for disk in record.disks:
+                self._goal.volumes[disk.source].volid = disk.overlay
                 self._landings[disk.source] = self._opened(disk.source)
+            if not record.started:
+                await self._resume_start(job)
             return True
         return False
 
-    async def _check_still_there(self, record: Record) -> None:
-        config = await self._api.vm_config(self._here, record.vmid)
-        if smbios_uuid(config.values) != record.uuid:
-            raise JobError(
-                "the VM that has this id now is not the one being recovered.",
-                vm=str(record.vmid),
-                phase="instant recovery",
-                remedy=f"pveplug ir discard --vmid {record.vmid}, then restore again.",
-            )
+    async def _resume_start(self, job: str) -> None:
+        """Have a VM started that no earlier job came to start."""
+        self._storages = {s.name: s for s in await self._api.storages(self._here)}
+        await self._made.hold(self.vmid, job)
+        self._starter = asyncio.create_task(self._start_early(), name="start the VM")
+
+    async def _can_go_on(self, record: Record, wanted: int | None) -> bool:
+        """Whether a recovery is the one to go on with.
+
+        Raises:
+            JobError: it has the id that is wanted, and can't be gone on with.
+        """
+        manifest = self._goal.manifest
+        vmid = record.vmid
+        try:
+            config = await self._api.vm_config(self._here, vmid)
+        except PveRefusalError as error:
+            if error.reason is Reason.VM_MISSING:
+                return False  # removed by its user; what is left goes with its keeper
+            raise
+        if smbios_uuid(config.values) != record.uuid or not record.handed:
+            return False  # whoever makes a VM of this id will say so
+        same = (
+            record.head == manifest.job
+            and record.directory == manifest.directory.rsplit("/", 1)[0]
+        )
+        if same and not record.damage:
+            return True
+        if wanted is None:
+            return False
+        raise JobError(
+            f"what was recovered is not what was stored: {record.damage}"
+            if same
+            else f"it is being recovered from another backup, {record.head}.",
+            vm=str(vmid),
+            phase="instant recovery",
+            remedy=f"pveplug ir discard --vmid {vmid}, then restore an older backup."
+            if same
+            else f"name another restore_vmid, or give that recovery up: pveplug ir "
+            f"discard --vmid {vmid}.",
+        )
 
     async def _clear_old(self) -> None:
         """Remove what a VM that had this id before has left in the landing store."""
-        if self.recovery.folder.exists():
-            with contextlib.suppress(TransportError):
-                await ask(self.recovery, "retire")
-            self.recovery.remove()
+        if self.recovery.exists():
+            await retire(self._node, self.recovery)
 
     def _check_room(self) -> None:
         """Refuse early what can't end well.
@@ -233,6 +318,8 @@ class InstantTarget(VmTarget):
             notes={
                 key: plan.late_params.get(key, "") for key in ("onboot", "protection")
             },
+            config=self._told(plan),
+            stale=self._stale,
             prove=self._config.prove is not None,
         )
         self._record = record
@@ -275,7 +362,28 @@ class InstantTarget(VmTarget):
         self.recovery.save(record)
         await start_keeper(self._node, self.recovery)
 
+    def _told(self, plan: RestorePlan) -> dict[str, str]:
+        """Return what the VM is told besides its disks when it gets them."""
+        told = dict(plan.params) if self._adopted else {}
+        told.update(plan.late_params)
+        told["onboot"] = "0"
+        if self._config.prove is None:
+            told["protection"] = "1"
+            told["tags"] = tagged(plan.params.get("tags", ""))
+            told["description"] = noted(
+                plan.params.get("description", ""),
+                running_note(self.vmid, self._goal.manifest.job),
+            )
+        return told
+
     # --- disks -----------------------------------------------------------------------
+
+    async def writer(self, key: str) -> DiskWriter:
+        """Return the open writer of a disk; a start that can't be is told now."""
+        starter = self._starter
+        if starter is not None and starter.done() and not starter.cancelled():
+            starter.result()
+        return await super().writer(key)
 
     def _opened(self, key: str) -> Landing:
         return Landing.open(self.recovery.folder, self.recovery.runtime, key)
@@ -291,10 +399,53 @@ class InstantTarget(VmTarget):
             )
         writer = DiskWriter(key, chain=chain, zeroed=False, limit=self._limit)
         self._serving.push_async_callback(writer.give_up)
-        await writer.begin(
-            LandingSink(self._landings[key], final=final), self._landings[key].size
-        )
+        sink = self._sinks[key] = LandingSink(self._landings[key], final=final)
+        await writer.begin(sink, self._landings[key].size)
         return writer
+
+    async def take_edges(self, job: str, edges: Edges) -> None:
+        """Land the copies of which a job has the last word, ahead of its images.
+
+        With them all that reads as zeroes in the end: no job brings that.
+
+        Raises:
+            IntegrityError: they are not of this job's disks, or not what was stored.
+            JobError: the landing store refused a write.
+        """
+        chain = self._goal.chain
+        if chain is None:
+            return
+        for key, volume in self._goal.volumes.items():
+            if not chain.mapped(key):
+                continue
+            entry = chain.disk(job, key)
+            copies = edges.disks.get(entry.key) if entry else None
+            if entry and copies and copies.size != entry.size:
+                raise IntegrityError(
+                    f"job {job}: edges are of a disk {entry.key} of {copies.size} "
+                    f"bytes, its manifest says {entry.size}"
+                )
+            known = key in self._blank
+            if known and (copies is None or not copies.runs):
+                continue
+            # A writer of its own, for the one of the images keeps its buffers.
+            writer = volume.writer or DiskWriter(
+                key, chain=chain, zeroed=known, limit=self._limit
+            )
+            try:
+                if writer is not volume.writer:
+                    landing = self._landings[key]
+                    await writer.begin(LandingSink(landing), landing.size)
+                if copies is not None:
+                    await writer.copy(job, copies)
+                if writer is not volume.writer:
+                    await writer.finish()
+            except LandingError as error:
+                raise self.write_failed(key, error) from error
+            finally:
+                if writer is not volume.writer:
+                    await writer.give_up()
+            self._blank.add(key)
 
     def write_failed(self, key: str, error: RequestError) -> JobError:
         """Return the error for what the landing store refused."""
@@ -310,20 +461,25 @@ class InstantTarget(VmTarget):
     # --- the VM ----------------------------------------------------------------------
 
     async def _start_early(self) -> None:
-        """Start the VM as soon as it can read its first cluster."""
+        """Start the VM as soon as the beginning of each of its disks is here.
+
+        QEMU reads a disk's first sector, to guess its geometry, before it answers
+        anybody: were that owed, PVE would give the start up.
+        """
         served = [disk.source for disk in self.record.served]
         firmware = [d.source for d in self.record.disks if not d.overlay]
         while True:
-            if all(self._landings[key].complete for key in firmware) and any(
-                self._anything(key) for key in served
+            if all(self._landings[key].complete for key in firmware) and all(
+                self._begun(key) for key in served
             ):
                 break
             await asyncio.sleep(LOOK_S)
+        self._starting = True
         await to_the_end(self._start_vm())
 
-    def _anything(self, key: str) -> bool:
-        landing = self._landings[key]
-        return any(mark is not Mark.OWED for *_, mark in landing.kinds(0, landing.size))
+    def _begun(self, key: str) -> bool:
+        """Whether a disk's first cluster is here."""
+        return next(self._landings[key].kinds(0, 1))[2] is not Mark.OWED
 
     async def _start_vm(self) -> None:
         """Give the VM its disks, hand it over, start it."""
@@ -333,6 +489,7 @@ class InstantTarget(VmTarget):
             landing.size - landing.owed_bytes for landing in self._landings.values()
         )
         size = sum(landing.size for landing in self._landings.values())
+        self._note(started=True)
         try:
             await self._api.start_vm(self._here, self.vmid, timeout_s=START_S)
         except PveplugError as error:
@@ -351,20 +508,25 @@ class InstantTarget(VmTarget):
         """Hand the VM over: from here on nothing of it is undone."""
         for volid in self._surplus:
             await self._local.free_volume(volid)
-        self.record.handed = True
-        self.recovery.save(self.record)
+        self._note(handed=True)
         self._made.handed_over()
 
+    def _note(self, **changes: bool | str) -> None:
+        """Change the record; it says what has been written down, and nothing else.
+
+        Raises:
+            TransportError: it can't be written down.
+        """
+        changed = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
+        self.recovery.save(changed)
+        self._record = changed
+
     async def _attach(self) -> None:
-        plan = self._plan
-        assert plan is not None  # noqa: S101 - begin() has made it
         for disk in self.record.disks:
             if not disk.overlay:
                 await self._place_firmware(disk)
         await self._made.unlock()
-        params: dict[str, str] = {}
-        if self._adopted:
-            params.update(plan.params)
+        params = dict(self.record.config)
         for disk in self.record.disks:
             volume = self._goal.volumes[disk.source]
             value = dataclasses.replace(
@@ -373,17 +535,8 @@ class InstantTarget(VmTarget):
             params[disk.key] = (
                 value if disk.overlay else volume.plan.drive_value(volume.volid)
             )
-        params.update(plan.late_params)
-        params["onboot"] = "0"
-        if not self.record.prove:
-            params["protection"] = "1"
-            params["tags"] = tagged(plan.params.get("tags", ""))
-            params["description"] = noted(
-                plan.params.get("description", ""),
-                running_note(self.vmid, self.record.head),
-            )
         for text in await self._api.update_config(
-            self._here, self.vmid, params, delete=self._stale
+            self._here, self.vmid, params, delete=self.record.stale
         ):
             self._say.warning(f"VM {self.vmid}: {text}")
         self._write_firewall()
@@ -395,6 +548,13 @@ class InstantTarget(VmTarget):
     async def _place_firmware(self, disk: LandedDisk) -> None:
         """Copy EFI variables or TPM state, now whole, to a volume of their own."""
         volume = self._goal.volumes[disk.source]
+        if self._resumed:
+            # The job before may have been killed when it had just been placed.
+            config = await self._api.vm_config(self._here, self.vmid)
+            there = {drive.key: drive.file for drive in drives(config.values)}
+            if disk.key in there:
+                volume.volid = there[disk.key]
+                return
         storage = self._storages[disk.storage]
         volume.volid = await self._made.allocate(
             storage,
@@ -423,6 +583,7 @@ class InstantTarget(VmTarget):
         if owed:
             self._tell_owed(owed)
             return
+        self._note(whole=True)
         self._say.info(f"VM {self.vmid}: all of its data is here")
         await self._feeding.aclose()
         await self._see_it_move()
@@ -436,6 +597,8 @@ class InstantTarget(VmTarget):
                 except LandingError as error:
                     raise self.write_failed(key, error) from error
         await self._serving.aclose()
+        for key, sink in self._sinks.items():
+            self._say.info(f"VM {self.vmid} {key}: {sink.landed} bytes landed")
         if self._goal.chain is None:
             self._check_delivered()
             await self._establish(self._job)
@@ -445,8 +608,7 @@ class InstantTarget(VmTarget):
 
     async def _hand_over_unstarted(self) -> None:
         await self._made.unlock()
-        self.record.handed = True
-        self.recovery.save(self.record)
+        self._note(handed=True)
         self._made.handed_over()
 
     async def _started_or_not(self) -> None:
@@ -454,7 +616,7 @@ class InstantTarget(VmTarget):
         starter, self._starter = self._starter, None
         assert starter is not None  # noqa: S101 - asked for before
         done, _ = await asyncio.wait([starter], timeout=5 * LOOK_S)
-        if not done and not self.record.handed:
+        if not done and not self._starting:
             starter.cancel()
             await asyncio.wait([starter])
         await asyncio.wait([starter])
@@ -544,6 +706,29 @@ class InstantTarget(VmTarget):
             f"the keeper of VM {self.vmid} ends again and again; its log says why"
         )
 
+    async def failed(self, error: BaseException) -> None:
+        """Pause a VM whose data isn't what was stored; it must not go on with it."""
+        record = self._record
+        if (
+            record is None
+            or not record.handed
+            or not isinstance(error, JobError)
+            or error.vm != str(self.vmid)
+            or error.disk is None
+            or not _is_damage(error)
+        ):
+            return
+        text = pausing.damaged(self.vmid, f"{error}".rstrip(".") + ".")
+        try:
+            self._note(damage=str(error))
+        except PveplugError as problem:
+            self._say.error(f"VM {self.vmid}: {problem}")
+        try:
+            await pausing.pause(self._local, self.recovery, text)
+        except PveplugError as problem:
+            self._say.error(f"VM {self.vmid} could not be paused: {problem}")
+        self._say.error(f"VM {self.vmid}: {text}")
+
     async def _undo(self) -> None:
         """Undo what the VM doesn't depend on yet; else tell what waits."""
         if self._starter is not None:
@@ -557,10 +742,24 @@ class InstantTarget(VmTarget):
             landing.close()
         if self._recovery is not None and not handed:
             with contextlib.suppress(PveplugError):
-                await ask(self._recovery, "retire")
-            self._recovery.remove()
+                await retire(self._node, self._recovery)
         await self._feeding.aclose()
         await self._made.undo()
+
+
+def _unplugged(value: str) -> str:
+    parts = properties(value, "model")
+    return render_properties({**parts, "link_down": "1"}, "model")
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error says that data isn't what was stored, not that it is missing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, IntegrityError):
+            return not isinstance(cause, TruncatedError)
+        cause = cause.__cause__
+    return False
 
 
 def _plan_of(disk: LandedDisk) -> DiskPlan:

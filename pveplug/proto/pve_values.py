@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
+from urllib.parse import unquote
 
 from pveplug.errors import RemoteProtocolError
 
@@ -264,12 +265,16 @@ def parse_feature(data: Any) -> bool:
 
 
 def parse_qm_config(text: str) -> VmConfig:
-    """Read what ``qm config VMID`` prints: ``key: value`` lines."""
+    """Read what ``qm config VMID`` prints: ``key: value`` lines.
+
+    A description stands there on one line, other bytes than plain ones as %XX.
+    """
     values: dict[str, str] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
         if colon and re.fullmatch(r"[A-Za-z][\w-]*", key):
-            values[key] = value.strip()
+            value = value.strip()
+            values[key] = unquote(value) if key == "description" else value
     digest = values.pop("digest", "")
     return VmConfig(MappingProxyType(values), digest)
 

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from pveplug.diskstream import DiskStream, RateLimit, give_back_unread, scan
+from pveplug.diskstream import (
+    DiskStream,
+    RateLimit,
+    give_back_unread,
+    read_edges,
+    scan,
+)
 from pveplug.errors import IntegrityError, NbdError
 from pveplug.images.chain import Chain, JobRecord
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
+from pveplug.images.edges import Edges, EdgesWriter
 from pveplug.images.manifest import DiskEntry, Manifest, backing_name
 from pveplug.nbd.client import connect
 from pveplug.proto.nbd_wire import Command
@@ -89,8 +96,16 @@ async def image_of(
     parent: str | None = None,
     manner: Manner | None = None,
     trim: bool = False,
+    held: list[tuple[int, int]] | None = None,
+    seen: list[ModelServer] | None = None,
 ) -> tuple[MemoryFile, int, ClusterMap, str, DiskStream]:
     manner = manner or Manner()
+    served: list[ModelServer] = [] if seen is None else seen
+
+    def server() -> ModelServer:
+        served.append(ModelServer(disk, manner))
+        return served[-1]
+
     manner.contexts = {BASE: allocation(disk)}
     if before is not None:
         padded = before + bytes(max(0, len(disk) - len(before)))
@@ -98,7 +113,7 @@ async def image_of(
         known = -(-len(before) // CLUSTER)
         manner.contexts[DIRTY] = runs[:known] + [(n, 0) for n, _ in runs[known:]]
     kept = MemoryFile()
-    async with serving(str(base / "src"), lambda: ModelServer(disk, manner)) as address:
+    async with serving(str(base / "src"), server) as address:
         contexts = [BASE, *([DIRTY] if before is not None else [])]
         async with await connect(address, contexts=contexts) as client:
             clusters = await scan(
@@ -117,6 +132,11 @@ async def image_of(
                 limit=RateLimit(0),
                 digest=digest,
             )
+            if held is not None:
+                writer = EdgesWriter()
+                writer.begin("scsi0", client.size)
+                await read_edges(client, clusters, held, writer, RateLimit(0))
+                stream.hold(Edges.decode(writer.finish()).disks["scsi0"].runs)
             try:
                 await stream.send(kept)
             finally:
@@ -216,6 +236,99 @@ async def test_a_zero_cluster_travels_as_a_hole(short_tmp: Path) -> None:
     assert not any(
         set(piece) == {0} for _, piece in kept.pieces if len(piece) >= CLUSTER
     )
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        [(0, CLUSTER * 9), (CLUSTER * 40, 4 * MiB + 512)],
+        [(0, 4 * MiB + 512)],
+        [(CLUSTER * 20, CLUSTER * 21)],
+        [],
+    ],
+)
+async def test_an_image_whose_edges_were_read_before_is_the_same_and_read_once(
+    short_tmp: Path, held: list[tuple[int, int]]
+) -> None:
+    disk = scribbled(4 * MiB + 512, 7, 0.6)
+    before = bytearray(disk)
+    for at in (0, 1, 5, 20, 21, 30, 62, 64):
+        before[at * CLUSTER] ^= 1
+    disk[5 * CLUSTER : 6 * CLUSTER] = bytes(CLUSTER)
+    for parent, old in ((None, None), ("j.2026-01-01_00.00.01_01", bytes(before))):
+        seen: list[ModelServer] = []
+        ahead = await image_of(
+            short_tmp,
+            disk,
+            before=old,
+            parent=parent,
+            trim=True,
+            held=held,
+            seen=seen,
+        )
+        plain = await image_of(short_tmp, disk, before=old, parent=parent, trim=True)
+        assert laid_out(ahead[0], ahead[1]) == laid_out(plain[0], plain[1])
+        assert ahead[3] == plain[3]
+        assert ahead[4].progress == plain[4].progress
+        assert ahead[4].progress.read == ahead[4].progress.total
+        read, trimmed = (
+            [
+                (request.offset, request.offset + request.length)
+                for request in seen[0].seen
+                if request.command is command
+            ]
+            for command in (Command.READ, Command.TRIM)
+        )
+        clusters = ahead[2]
+        wanted = [
+            at // CLUSTER
+            for run in clusters.data_runs()
+            for at in range(run.offset, run.end, CLUSTER)
+        ]
+        assert touched(read) == wanted
+        assert set(wanted) <= set(touched(trimmed))
+
+
+def touched(ranges: list[tuple[int, int]]) -> list[int]:
+    """The clusters of ranges, as often as they are in one."""
+    return sorted(
+        n for low, high in ranges for n in range(low // CLUSTER, -(-high // CLUSTER))
+    )
+
+
+def laid_out(kept: MemoryFile, size: int) -> bytes:
+    file = bytearray(size)
+    for offset, piece in kept.pieces:
+        file[offset : offset + len(piece)] = piece
+    return bytes(file)
+
+
+async def test_a_read_ahead_of_a_disk_begins_with_what_is_not_held(
+    short_tmp: Path,
+) -> None:
+    """Its turn may be far off: nothing would be read meanwhile."""
+    disk = scribbled(4 * MiB, 7, 1.0)
+    model = ModelServer(disk, Manner(contexts={}))
+    async with serving(str(short_tmp / "s"), lambda: model) as address:
+        async with await connect(address) as client:
+            clusters = await scan(client, context=None, known=0)
+            stream = DiskStream(
+                client, clusters, backing=None, trim=False, limit=RateLimit(0)
+            )
+            writer = EdgesWriter()
+            writer.begin("scsi0", client.size)
+            await read_edges(client, clusters, [(0, MiB)], writer, RateLimit(0))
+            stream.hold(Edges.decode(writer.finish()).disks["scsi0"].runs)
+            before = len(model.seen)
+            stream.prefetch()
+            first = await stream._first
+            assert first is not None
+            assert first.offset == 0
+            assert [request.offset for request in model.seen[before:]][:1] == [MiB]
+            kept = MemoryFile()
+            await stream.send(kept)
+            await stream.aclose()
+    assert stream.progress.read == 4 * MiB
 
 
 async def test_a_failed_read_fails_the_image(short_tmp: Path) -> None:

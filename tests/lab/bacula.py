@@ -256,6 +256,18 @@ class BaculaLab:
     def pid(self, daemon: str) -> int:
         return self._daemons[daemon].pid
 
+    def port(self, daemon: str) -> int:
+        return self._ports[daemon]
+
+    def reach_storage_at(self, port: int) -> None:
+        """Let Director and File Daemon find the Storage Daemon at another port."""
+        for number in range(1, self.storages + 1):
+            path = self.base / f"etc/storages.d/{number}.conf"
+            text = re.sub(r"SDPort = \d+", f"SDPort = {port}", path.read_text())
+            path.write_text(text)
+        if self.alive("dir"):
+            self.reload()
+
     def alive(self, daemon: str) -> bool:
         process = self._daemons.get(daemon)
         return process is not None and process.poll() is None

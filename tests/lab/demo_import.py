@@ -209,8 +209,8 @@ class Demo:
         values = vm.conf.values
         firmware = "UEFI" if values["bios"] == "ovmf" else "BIOS"
         self._screen.say(
-            f"VM {vmid} {values['name']} boots by {firmware}, {values['boot']}; its "
-            f"root file system says: {marker}"
+            f"VM {vmid} {values['name']} boots by {firmware}, {values['boot']}; "
+            f"its root file system says: {marker}"
         )
         await vm.stop()
 

@@ -102,7 +102,6 @@ class Demo:
             recovered = await self._boots(start)
             step("the guest writes, on what is here and on what is not")
             await self._write(recovered)
-            os.kill(self._world.bacula.pid("sd"), signal.SIGCONT)
             await self._read_owed(recovered)
             await start
         finally:
@@ -221,20 +220,35 @@ class Demo:
         return recovered
 
     async def _write(self, recovered: Guest) -> None:
+        """Write while the stream stands still, then to what is owed.
+
+        The guest writes 4 KiB at a time: the first of a cluster waits for its rest.
+        """
         await recovered.mark("written while the disks were coming")
         last = DATA_MIB * MIB // BLOCK
-        for at, seed in (
-            (2000, "early"),
-            (last // 2 + 3, "middle"),
-            (last - 70, "end"),
-        ):
-            await recovered.write("scsi1", at, 64, seed)
-            self._writes.append((at, 64, seed))
+        # What the second job brought, and what the job of the disks' ends did.
+        places = [(4000, 64, "early"), (last - 70, 64, "end")]
+        for at, count, seed in places:
+            await recovered.write("scsi1", at, count, seed)
         state = await self._status()
         owed = sum(disk["owed"] for disk in state["disks"])
         self._screen.say(
-            f"64 blocks at three places written and flushed, {owed / MIB:.0f} MiB owed"
+            f"64 blocks at two places written and flushed, {owed / MIB:.0f} MiB owed"
         )
+        middle = (last // 2 + 3, 64, "middle")
+        writing = asyncio.create_task(recovered.write("scsi1", *middle))
+        try:
+            await asyncio.sleep(1)
+            waited = not writing.done()
+            os.kill(self._world.bacula.pid("sd"), signal.SIGCONT)
+            await writing
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+        if not waited:
+            raise DemoError("a part of a cluster was written that had not come")
+        self._screen.say("64 blocks more, whose clusters came only while it wrote")
+        self._writes = [*places, middle]
 
     async def _read_owed(self, recovered: Guest) -> None:
         """Read what comes last, from within the guest: it waits, and is right."""

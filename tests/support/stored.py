@@ -2,7 +2,8 @@
 """Jobs as Bacula would have stored them, made without QEMU or Bacula.
 
 ``a_chain()`` is a Full and two Incrementals of a VM with two disks; one of the disks
-was read whole in the middle, the other has zero clusters far from any data.
+was read whole in the middle, the other has zero clusters far from any data. With
+``edges`` each job has an edges.bin, of that many bytes at both ends of its disks.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 from pveplug.images.chain import encode_objects
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
+from pveplug.images.edges import EdgesWriter
 from pveplug.images.manifest import (
     CONFIG_FILE,
+    EDGES_FILE,
     FIREWALL_FILE,
     LAYOUT_FILE,
     MANIFEST_FILE,
@@ -26,6 +29,7 @@ from pveplug.images.manifest import (
     backing_name,
     digest_file,
     image_file,
+    text_digest,
 )
 from pveplug.images.qcow2_writer import Qcow2StreamWriter
 from pveplug.units import CLUSTER
@@ -87,6 +91,7 @@ def a_chain(
     vmid: int = 100,
     seed: int = 1,
     digests: bool = True,
+    edges: int = 0,
 ) -> StoredChain:
     """Make a chain; a letter per 64 KiB of a disk, ``!`` before those read whole."""
     noise = random.Random(seed)
@@ -95,7 +100,7 @@ def a_chain(
     for number, kinds in enumerate(plan):
         name = f"nightly.2026-11-2{number}_22.35.59_5{number}"
         images, sidecars, maps = {}, {}, {}
-        entries, roots = [], {}
+        entries, roots, ends = [], {}, EdgesWriter()
         for key, letters in kinds.items():
             alone = number == 0 or letters.startswith("!")
             letters = letters.lstrip("!")
@@ -105,6 +110,11 @@ def a_chain(
             disk = _content(chain.truth.get(key, b""), clusters, alone, noise)
             chain.truth[key] = disk
             backing = backing_name(parent.job, key) if parent and not alone else None
+            ends.begin(key, size)
+            tail = max(len(letters) * CLUSTER - edges, edges)
+            for start, end in ((0, edges), (tail, size)):
+                for run in clusters.data_runs(start, end) if edges else ():
+                    ends.add(run.offset, disk[run.offset : run.end])
             writer = Qcow2StreamWriter(clusters, backing=backing)
             sent = pieces_of(writer, lambda at, n, disk=disk: disk[at : at + n])
             pieces = _joined(without_zeroes(sent, 512))
@@ -123,11 +133,13 @@ def a_chain(
             if digests:
                 sidecar, roots[key] = _digests(clusters, disk, backing is not None)
                 sidecars[digest_file(key)] = sidecar
+        copies = ends.finish() if edges else b""
         layout = Manifest(
             vmid, UUID, "wéb", name, parent.job if parent else None,
             "I" if parent else "F", 1_790_000_000 + number, "pve1", "crash-consistent",
             CONFIG, firewall=FIREWALL, disks=tuple(entries), chain="c01234567",
             parent_manifest=parent.digest if parent else None,
+            edges=text_digest(copies) if copies else "",
         )  # fmt: skip
         manifest = dataclasses.replace(
             layout,
@@ -139,6 +151,8 @@ def a_chain(
         papers = {CONFIG_FILE: CONFIG.encode(), FIREWALL_FILE: FIREWALL.encode()}
         files = {name: _small(text) for name, text in papers.items()}
         files[LAYOUT_FILE] = _small(layout.to_json())
+        if copies:
+            files[EDGES_FILE] = _small(copies)
         files |= images
         files |= {name: _small(content) for name, content in sidecars.items()}
         files[MANIFEST_FILE] = _small(manifest.to_json())

@@ -274,7 +274,7 @@ def rich():
         ),
         versions={"pveplug": "0.1.0", "qemu": "10.0.2"},
         left_out={"ide2": "cdrom"}, chain="k1", parent_manifest="ff" * 16,
-        template=True,
+        template=True, edges="ab" * 16,
     )  # fmt: skip
 
 
@@ -291,7 +291,9 @@ def test_a_manifest_comes_back_from_json():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 3}, "restore with a newer one"),
+        ({"version": 4}, "restore with a newer one"),
+        ({"version": 2}, "version 2 has no edges"),
+        ({"edges": "0" * 31}, "impossible edges"),
         ({"version": None}, "without a version"),
         ({"vmid": "100"}, "vmid must be int"),
         ({"vmid": True}, "vmid must be int"),
@@ -342,13 +344,24 @@ def test_a_bit_that_turned_anywhere_in_a_manifest_is_found():
 
 
 def test_a_manifest_of_version_1_is_read_and_keeps_its_digest():
-    text = json.dumps(fields(rich()) | {"version": 1}, indent=1).encode() + b"\n"
+    values = fields(rich()) | {"version": 1}
+    del values["edges"]
+    text = json.dumps(values, indent=1).encode() + b"\n"
     old = Manifest.from_json(text)
-    assert old == dataclasses.replace(rich(), version=1)
+    assert old == dataclasses.replace(rich(), version=1, edges="")
     assert old.to_json() == text
     assert old.digest == blake3(text).hexdigest(16)
     with pytest.raises(IntegrityError, match="unknown field 'self'"):
         Manifest.from_json(sealed(fields(old)))
+
+
+def test_a_manifest_of_version_2_knows_no_edges_and_keeps_its_digest():
+    values = fields(rich()) | {"version": 2}
+    del values["edges"]
+    text = sealed(values)
+    old = Manifest.from_json(text)
+    assert (old.version, old.edges) == (2, "")
+    assert old.to_json() == text
 
 
 def test_what_a_manifest_is_built_on_is_what_its_images_name():

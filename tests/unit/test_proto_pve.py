@@ -489,7 +489,7 @@ def test_the_output_of_qm_config_is_read():
     text = "boot: order=scsi0;net0\ndescription: a%0Ab: c\nlock: backup\ndigest: ff\n"
     config = values.parse_qm_config(text)
     assert config.values["boot"] == "order=scsi0;net0"
-    assert config.values["description"] == "a%0Ab: c"
+    assert config.values["description"] == "a\nb: c", "qm prints it encoded"
     assert (config.lock, config.digest) == ("backup", "ff")
 
 
