@@ -241,6 +241,7 @@ class ImportVm:
     async def _make(
         self, file: str, info: ImageInfo, file_size: int | None, size: int | None
     ) -> ImportDisk:
+        known = size is not None
         if size is None:
             size = info.size if info.size is not None else _raw_size(file_size)
         if not size:
@@ -258,10 +259,10 @@ class ImportVm:
         async with self._making:
             if not self._volumes and not self.vmid:
                 await self.begin()
-            volume = await self._volume(file, size, info)
+            volume = await self._volume(file, size, clips=known)
         return volume.disk
 
-    async def _volume(self, file: str, size: int, info: ImageInfo) -> _Volume:
+    async def _volume(self, file: str, size: int, *, clips: bool) -> _Volume:
         storage = self._storages[self._config.common.storage or ""]
         form = self._format()
         disk = ImportDisk(
@@ -269,7 +270,7 @@ class ImportVm:
             size,
             zeroed=storage.type in ZEROED_STORAGES,
             verify=self._config.verify,
-            clips=info.size is not None and info.size > size,
+            clips=clips,
         )
         volume = _Volume(disk, form)
         used = [v.volid for v in self._volumes]
