@@ -174,7 +174,7 @@ class Recovery:
             raise self._damaged(str(error)) from error
         try:
             return _record(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"not a record of version {VERSION}: {error}") from None
 
     def _damaged(self, why: str) -> IntegrityError:
