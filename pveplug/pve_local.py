@@ -408,7 +408,8 @@ async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) ->
     """Run a program to its end and return what it printed.
 
     It gets no input, the C.UTF-8 locale, a session of its own and the descriptors
-    ``keep``. When it takes too long or the caller is cancelled, its whole group is killed.
+    ``keep``. When it takes too long or the caller is cancelled, its whole group is
+    killed.
 
     Raises:
         ProgramError: it can't be started, failed, took too long or printed too much.

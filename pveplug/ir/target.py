@@ -613,13 +613,14 @@ class InstantTarget(VmTarget):
 
     async def _started_or_not(self) -> None:
         """Let the starter end; it has nothing to wait for any more."""
-        starter, self._starter = self._starter, None
+        starter = self._starter
         assert starter is not None  # noqa: S101 - asked for before
         done, _ = await asyncio.wait([starter], timeout=5 * LOOK_S)
         if not done and not self._starting:
             starter.cancel()
             await asyncio.wait([starter])
         await asyncio.wait([starter])
+        self._starter = None  # not before: who is cancelled here must wait for it
         if not starter.cancelled():
             starter.result()
 
