@@ -205,7 +205,7 @@ async def test_increments_of_each_kind_are_put_upon_what_they_were_made_from(
     source = disk(tmp_path / "base.raw", 5)
     full = convert(source, tmp_path / "base.vmdk", "vmdk")
     cid = next(
-        line.partition("=")[2]
+        line.partition("=")[2].zfill(8)
         for line in full.read_bytes()[:4096].decode("latin-1").split("\n")
         if line.startswith("CID=")
     )
