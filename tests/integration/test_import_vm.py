@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -82,7 +83,6 @@ class Bench:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def bench() -> AsyncIterator[Bench]:
     base = short_base("pi")
-    base.mkdir(exist_ok=True)
     site = Site(base / "s")
     await site.start()
     try:
@@ -91,6 +91,7 @@ async def bench() -> AsyncIterator[Bench]:
         yield found
     finally:
         await site.stop()
+        shutil.rmtree(base, ignore_errors=True)
 
 
 def disk(path: Path, seed: int, size: int = 8 * MIB) -> Path:
