@@ -73,6 +73,11 @@ class Arrival:
         """The last part of its name."""
         return base_name(self.name)
 
+    @property
+    def folder(self) -> str:
+        """What stands before that."""
+        return self.name[: len(self.name) - len(self.file)]
+
 
 class Progress:
     """A line about a long file every ``interval_s`` seconds."""
@@ -212,7 +217,7 @@ class ForeignFiles:
         self, arrival: Arrival, batches: AsyncGenerator[Batch, None]
     ) -> None:
         first = await anext(batches)
-        owed = self._owed(arrival.file)
+        owed = self._owed(arrival)
         if owed is not None:
             await self._extent(owed, arrival, first, batches)
             return
@@ -330,8 +335,11 @@ class ForeignFiles:
         disk.adopt(ImageInfo("vmdk", found.create_type, found.size, 512, found.cid))
         return True
 
-    def _owed(self, file: str) -> _Set | None:
-        return next((s for s in self._sets if file.lower() in s.machine.missing), None)
+    def _owed(self, arrival: Arrival) -> _Set | None:
+        """Return the set that waits for this file, that of its own folder first."""
+        fits = [s for s in self._sets if arrival.file.lower() in s.machine.missing]
+        beside = [s for s in fits if s.image.arrival.folder == arrival.folder]
+        return next(iter(beside or fits), None)
 
     async def _extent(
         self,

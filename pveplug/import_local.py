@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -76,10 +76,14 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
         ConfigError: a file can't be read.
         IntegrityError: an image is of a kind that isn't read, or of no chain.
     """
-    found = Survey()
+    found = Survey(stdin=STDIN in paths)
+    heads = {path: _head(path) for path in dict.fromkeys(paths) if path != STDIN}
+    extents = {path: _extents(path, head, heads) for path, head in heads.items()}
+    parts = {part for named in extents.values() for part in named}
     kinds: dict[Path, Format] = {}
-    for path in dict.fromkeys(path for path in paths if path != STDIN):
-        head = _head(path)
+    for path, head in heads.items():
+        if path in parts:
+            continue  # what an extent begins with tells nothing
         trusted = any(fnmatchcase(path.name, pattern) for pattern in raw)
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
@@ -92,12 +96,31 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
             found.descriptions[path.name] = read_small(path)
         elif role is Role.COMPANION:
             found.passed_over.append(path)
-    found.stdin = STDIN in paths
     if found.stdin and kinds:
         raise ConfigError("- (standard input) is one disk; give no other image")
-    images = [one_image(files, kind) for files, kind in _sets(kinds)]
+    images = [one_image((p, *extents[p]), kind) for p, kind in kinds.items()]
     found.disks = _chains(images)
     return found
+
+
+def _extents(path: Path, head: bytes, given: Iterable[Path]) -> tuple[Path, ...]:
+    """Return a VMDK descriptor's extents that are given, beside it; else nothing.
+
+    Raises:
+        IntegrityError: it is a descriptor, and damaged.
+    """
+    if not vmdk_wire.is_descriptor(head):
+        return ()
+    with path.open("rb") as file:
+        text = vmdk_wire.parse_descriptor(file.read(vmdk_wire.MAX_DESCRIPTOR))
+    if isinstance(text, str):
+        raise IntegrityError(f"{path}: {text}")
+    names = {base_name(e.file or "").lower() for e in text.extents}
+    return tuple(
+        part
+        for part in given
+        if part.parent == path.parent and part != path and part.name.lower() in names
+    )
 
 
 def read_small(path: Path) -> bytes:
@@ -120,24 +143,6 @@ def _head(path: Path) -> bytes:
             return file.read(HEAD)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-
-
-def _sets(kinds: dict[Path, Format]) -> list[tuple[tuple[Path, ...], Format]]:
-    """Join each VMDK's descriptor with its extents."""
-    left = dict(kinds)
-    joined: dict[Path, tuple[Path, ...]] = {}
-    for path, kind in kinds.items():
-        if kind is not Format.VMDK_DESCRIPTOR:
-            continue
-        text = vmdk_wire.parse_descriptor(path.read_bytes()[: vmdk_wire.MAX_DESCRIPTOR])
-        if isinstance(text, str):
-            raise IntegrityError(f"{path}: {text}")
-        names = {base_name(e.file or "").lower() for e in text.extents}
-        extents = [p for p in left if p.name.lower() in names and p != path]
-        joined[path] = (path, *extents)
-        for extent in extents:
-            left.pop(extent, None)
-    return [(joined.get(path, (path,)), kind) for path, kind in left.items()]
 
 
 def _chains(images: Sequence[Found]) -> list[list[Found]]:
