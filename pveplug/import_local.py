@@ -220,6 +220,7 @@ async def import_to_vm(
     async with api, contextlib.AsyncExitStack() as stack:
         await check_version(api, say)
         vm = ImportVm(name, config, node, api, PveLocal(node), job, say)
+        vm.order = [chain[0].name for chain in found.disks]
         stack.push_async_callback(vm.aclose)
         vm.check(found.descriptions)
         limit = RateLimit(config.common.bwlimit * KiB)

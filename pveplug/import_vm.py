@@ -88,6 +88,8 @@ class ImportVm:
         say: Reporter,
     ) -> None:
         self.name = name
+        self.order: Sequence[str] = ()
+        """Names of first images, as their disks shall stand; else as they came."""
         self._config = config
         self._api = api
         self._job = job
@@ -344,6 +346,7 @@ class ImportVm:
                 phase="import",
                 remedy="select the VM's disks, too.",
             )
+        self._volumes.sort(key=lambda volume: self._place(volume.disk.name))
         described = self._described(files)
         names = {volume.disk.name: volume for volume in self._volumes}
         described, bound = bind(described, list(names), self._say)
@@ -381,6 +384,10 @@ class ImportVm:
         self._tell(plan)
         if self._config.common.start_after:
             await self._start()
+
+    def _place(self, name: str) -> int:
+        known = name in self.order
+        return self.order.index(name) if known else len(self.order)
 
     def check(self, files: Mapping[str, bytes]) -> None:
         """Read the description before there is a VM, for what is wrong with it.

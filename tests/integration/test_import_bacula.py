@@ -115,7 +115,7 @@ async def test_a_vmware_job_and_its_increments_become_a_vm_that_boots_by_uefi(
         disk, tmp_path / "db.vmdk", "vmdk", "subformat=monolithicFlat"
     )
     text = image.read_text()
-    cid = text.partition("CID=")[2].partition("\n")[0]
+    cid = text.partition("CID=")[2].partition("\n")[0].zfill(8)
     ovf = written(
         tmp_path / "db.ovf",
         foreign_vms.ovf("db", "db.vmdk", disk.stat().st_size, "efi"),
