@@ -555,7 +555,9 @@ class Keeper:
                     vm=str(self._record.vmid),
                     disk=disk.key,
                     phase="migrate",
-                    remedy="attach it again, or remove it for good.",
+                    remedy=f"if {disk.key} is that disk, moved already, remove what is "
+                    "left of it; else attach it again; then pveplug ir migrate --vmid "
+                    f"{self._record.vmid}.",
                 )
             else:
                 # Its user may have given it another place.

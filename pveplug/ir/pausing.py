@@ -66,7 +66,7 @@ async def pause(local: PveLocal, recovery: Recovery, text: str) -> None:
         if local.vm_running(recovery.vmid) is not None:
             await _stop(local, recovery.vmid)
     except PveplugError:
-        _place(recovery).unlink(missing_ok=True)  # it isn't paused
+        _place(recovery).unlink(missing_ok=True)  # it was never asked, or refuses
         raise
     await describe(local, recovery.vmid, text)
 
@@ -85,8 +85,11 @@ async def go_on(local: PveLocal, recovery: Recovery) -> None:
 
 async def _stop(local: PveLocal, vmid: int) -> None:
     # Not by `qm suspend`: a move holds the lock that it needs for as long as it lasts.
+    # QEMU takes the order and answers when the reads under way have ended, which wait
+    # for what doesn't come: no answer is no refusal.
     async with qmp_session(local.node.qmp_socket(vmid)) as qmp:
-        await qmp.execute("stop")
+        with contextlib.suppress(TransportError):
+            await qmp.execute("stop")
 
 
 async def resume(local: PveLocal, vmid: int) -> None:

@@ -86,7 +86,9 @@ class ScriptedLocal:
     async def volumes(self, storage: str) -> list[str]:
         return []
 
-    async def move_disk(self, vmid: int, key: str, storage: str, **_: Any) -> None:
+    async def move_disk(
+        self, vmid: int, key: str, storage: str, **options: Any
+    ) -> None:
         self._may("move")
         assert self.values is not None
         volid, _, rest = self.values[key].partition(",")
@@ -218,7 +220,7 @@ async def test_the_end_waits_for_a_backup_that_has_the_vm(
 ) -> None:
     """Else protection, tag and notes would stay for ever, or until somebody looks."""
     await scene.land()
-    refused = [ProgramError(["qm"], 255, LOCKED) for _ in range(3)]
+    refused: list[Exception] = [ProgramError(["qm"], 255, LOCKED) for _ in range(3)]
     moved = scene.local.move_disk
 
     async def move_disk(*args: Any, **options: Any) -> None:
