@@ -26,20 +26,17 @@ from pveplug.config import ImportConfig
 from pveplug.diskstream import RateLimit
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.events import Reporter
-from pveplug.images import vmdk_wire
 from pveplug.images.detect import Format
 from pveplug.images.foreign_files import (
-    HEAD,
     MAX_DESCRIPTION,
     Role,
     kind_of,
     role_of,
 )
 from pveplug.images.lineage import Link, why_not
-from pveplug.images.vmdk_set import base_name
 from pveplug.import_files import Arrival, ForeignFiles, Progress
 from pveplug.import_vm import ImportVm
-from pveplug.importing import Found, one_image
+from pveplug.importing import Found, first_of, one_image, sets_of
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
 from pveplug.tasks import first_failure
@@ -79,7 +76,7 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
     found = Survey()
     kinds: dict[Path, Format] = {}
     for path in dict.fromkeys(path for path in paths if path != STDIN):
-        head = _head(path)
+        head = first_of(path)
         trusted = any(fnmatchcase(path.name, pattern) for pattern in raw)
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
@@ -95,7 +92,7 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
     found.stdin = STDIN in paths
     if found.stdin and kinds:
         raise ConfigError("- (standard input) is one disk; give no other image")
-    images = [one_image(files, kind) for files, kind in _sets(kinds)]
+    images = [one_image(files, kind) for files, kind in sets_of(kinds)]
     found.disks = _chains(images)
     return found
 
@@ -112,32 +109,6 @@ def read_small(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(HEAD)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-
-
-def _sets(kinds: dict[Path, Format]) -> list[tuple[tuple[Path, ...], Format]]:
-    """Join each VMDK's descriptor with its extents."""
-    left = dict(kinds)
-    joined: dict[Path, tuple[Path, ...]] = {}
-    for path, kind in kinds.items():
-        if kind is not Format.VMDK_DESCRIPTOR:
-            continue
-        text = vmdk_wire.parse_descriptor(path.read_bytes()[: vmdk_wire.MAX_DESCRIPTOR])
-        if isinstance(text, str):
-            raise IntegrityError(f"{path}: {text}")
-        names = {base_name(e.file or "").lower() for e in text.extents}
-        extents = [p for p in left if p.name.lower() in names and p != path]
-        joined[path] = (path, *extents)
-        for extent in extents:
-            left.pop(extent, None)
-    return [(joined.get(path, (path,)), kind) for path, kind in left.items()]
 
 
 def _chains(images: Sequence[Found]) -> list[list[Found]]:

@@ -12,16 +12,20 @@ format of the target; it becomes visible under its name when all of it is on dis
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final, Literal
 
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.events import Reporter
-from pveplug.images.detect import FIRST, Format, detect, reader_for
+from pveplug.images import vhd_wire, vmdk_wire
+from pveplug.images.detect import Format, reader_for
+from pveplug.images.foreign_files import HEAD, kind_of
 from pveplug.images.lineage import Link, in_order, zeroes_after
 from pveplug.images.stream import (
     Event,
@@ -34,7 +38,7 @@ from pveplug.images.stream import (
     feed,
     finish,
 )
-from pveplug.images.vmdk_set import VmdkSet
+from pveplug.images.vmdk_set import VmdkSet, base_name
 from pveplug.journal import sync_directory
 from pveplug.nbd.client import connect
 from pveplug.nbd.qemu_nbd import qemu_nbd
@@ -112,8 +116,11 @@ def _set_events(paths: Sequence[Path], spill: FileSpill) -> Iterator[Event]:
     yield from reader.receive_eof()
 
 
-def look(paths: Sequence[Path]) -> list[Found]:
+def look(paths: Sequence[Path], raw: Sequence[str] = ()) -> list[Found]:
     """Say what files are, and put a chain in its order, oldest first.
+
+    Args:
+        raw: names of files that are raw disks, whatever they begin with.
 
     Raises:
         ConfigError: a file can't be read.
@@ -122,33 +129,95 @@ def look(paths: Sequence[Path]) -> list[Found]:
     kinds: dict[Path, Format] = {}
     for path in paths:
         try:
-            with path.open("rb") as file:
-                kinds[path] = detect(file.read(FIRST))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from error
+            kinds[path] = kind_of(
+                path.name,
+                first_of(path),
+                path.stat().st_size,
+                trusted=any(fnmatchcase(path.name, pattern) for pattern in raw),
+            )
         except IntegrityError as error:
-            raise IntegrityError(f"{path}: {error}") from error
-    descriptors = [p for p, kind in kinds.items() if kind is Format.VMDK_DESCRIPTOR]
-    if len(descriptors) > 1:
-        raise IntegrityError(
-            f"{len(descriptors)} VMDK descriptors; import such a chain one by one"
-        )
-    if descriptors:
-        extents = [path for path in paths if path not in descriptors]
-        images = [(tuple([*descriptors, *extents]), Format.VMDK_DESCRIPTOR)]
-    else:
-        images = [((path,), kind) for path, kind in kinds.items()]
-    found = [one_image(files, kind) for files, kind in images]
+            raise IntegrityError(
+                f"{path}: {error}; --raw {path.name} takes it for a raw disk"
+            ) from error
+    found = [one_image(files, kind) for files, kind in sets_of(kinds)]
     if len(found) == 1:
         return found
-    links = {
-        image.name: (
-            Link(image.name, image.info, image.modified),
-            image,
-        )
-        for image in found
-    }
+    _identify(found)
+    links = {image.name: (_link(image), image) for image in found}
     return [links[link.name][1] for link in in_order(ln for ln, _ in links.values())]
+
+
+def first_of(path: Path) -> bytes:
+    """Return a file's first bytes, as many as say what it is.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+
+
+def sets_of(kinds: dict[Path, Format]) -> list[tuple[tuple[Path, ...], Format]]:
+    """Join each VMDK's descriptor with its extents; what is left stands alone.
+
+    An extent lies beside its descriptor. One that lies elsewhere is taken where there
+    is no other of its name: ESXi calls the disks of one VM alike on each datastore.
+
+    Raises:
+        IntegrityError: a descriptor is damaged; which file is its extent isn't sure.
+    """
+    left = dict(kinds)
+    joined: dict[Path, tuple[Path, ...]] = {}
+    for path, kind in kinds.items():
+        if kind is not Format.VMDK_DESCRIPTOR:
+            continue
+        extents = _extents(path, [other for other in kinds if other != path])
+        joined[path] = (path, *extents)
+        for extent in extents:
+            left.pop(extent, None)
+    return [(joined.get(path, (path,)), kind) for path, kind in left.items()]
+
+
+def _extents(path: Path, others: Sequence[Path]) -> list[Path]:
+    with path.open("rb") as file:
+        data = file.read(vmdk_wire.MAX_DESCRIPTOR + 1)
+    if len(data) > vmdk_wire.MAX_DESCRIPTOR:
+        raise IntegrityError(f"{path}: a VMDK's descriptor is not longer than 1 MiB")
+    text = vmdk_wire.parse_descriptor(data)
+    if isinstance(text, str):
+        raise IntegrityError(f"{path}: {text}")
+    found: list[Path] = []
+    for name in dict.fromkeys(base_name(e.file or "").lower() for e in text.extents):
+        called = [other for other in others if other.name.lower() == name]
+        beside = [other for other in called if other.parent == path.parent]
+        if len(beside or called) > 1:
+            raise IntegrityError(
+                f"{len(called)} files are called {name}, and which of them is the "
+                f"extent of {path} is not sure: put it beside"
+            )
+        found += beside or called
+    return found
+
+
+def _identify(found: Sequence[Found]) -> None:
+    """Give raw disks their identity where an increment asks for it: of all bytes."""
+    parents = [image.info.parent for image in found if image.info.parent]
+    if not any(i.startswith("sha256:") for link in parents for i in link.identities):
+        return
+    for image in found:
+        if image.info.format != "raw":
+            continue
+        with image.paths[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(bytes(-image.size % _SECTOR))
+        image.info = replace(image.info, identity=f"sha256:{digest.hexdigest()}")
+
+
+def _link(image: Found) -> Link:
+    return Link(image.name, image.info, image.modified)
 
 
 def one_image(paths: tuple[Path, ...], kind: Format) -> Found:
@@ -157,11 +226,26 @@ def one_image(paths: tuple[Path, ...], kind: Format) -> Found:
     Raises:
         IntegrityError: it is damaged.
     """
+    if kind is Format.RAW and (fixed := _fixed_vhd(paths[0])):
+        return Found(paths, kind, fixed)
     with FileSpill() as spill:
         for event in events(paths, kind, spill):
             if isinstance(event, ImageInfo):
                 return Found(paths, kind, event)
     raise IntegrityError(f"{paths[0]} says nothing of itself")
+
+
+def _fixed_vhd(path: Path) -> ImageInfo | None:
+    """Return what the end of a fixed VHD says: its reader knows that last of all."""
+    with path.open("rb") as file:
+        at = file.seek(0, os.SEEK_END) - vhd_wire.FOOTER.size
+        if at <= 0:
+            return None
+        file.seek(at)
+        footer = vhd_wire.parse_footer(file.read())
+    if isinstance(footer, str) or footer.kind != vhd_wire.FIXED:
+        return None
+    return ImageInfo("vhd", "fixed", at, identity=footer.identity)
 
 
 async def import_to_file(
@@ -200,7 +284,7 @@ async def import_to_file(
             await connect(address) as client,
             NbdSink(client) as sink,
         ):
-            fresh = zeroes_after([image.info for image in chain])
+            fresh = zeroes_after([replace(i.info, size=i.size) for i in chain])
             for number, image in enumerate(chain):
                 start, end = fresh[number]
                 if number and start < min(end, size):
