@@ -5,6 +5,9 @@ Both are whole processes, run alternately in one run after a round that only war
 what is compared is the median. Of each side's whole process tree the CPU time and the
 peak of resident memory are taken, and the spread is shown: where it is wide, the
 machine was busy and the number says little.
+
+What feeds a side's standard input or drains its standard output is the same ``cat``
+for both and not counted as part of either; its time is: the pipe is what is measured.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ import contextlib
 import json
 import os
 import platform
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +46,8 @@ class Row:
     yardstick_mb_s: float | None
     cpu_s_per_gib: float | None
     rss_mib: float | None
+    points: list[tuple[float, float]] | None = None
+    """Of a growth row: what was varied, and the seconds (or MB/s) it gave."""
 
 
 @dataclass
@@ -63,6 +71,22 @@ Start = Callable[[], Sequence[str]]
 """Returns the command of one round."""
 
 
+@dataclass(frozen=True)
+class Plumbing:
+    """What is at the ends of a command.
+
+    Attributes:
+        feed: files that ``cat`` sends into its standard input, in order.
+        drain: its standard output is a pipe that ``cat`` reads and throws away.
+    """
+
+    feed: Sequence[Path] = ()
+    drain: bool = False
+
+
+NOTHING = Plumbing()
+
+
 def compare(
     ours: Start,
     yardstick: Start,
@@ -70,20 +94,22 @@ def compare(
     rounds: int = 5,
     between: Callable[[], None] = lambda: None,
     watch: Callable[[], Sequence[int]] = lambda: (),
+    plumbing: tuple[Plumbing, Plumbing] = (NOTHING, NOTHING),
 ) -> tuple[Side, Side]:
     """Run both alternately; return what they took, the warm-up left out.
 
     Args:
         between: called before each command, to put things back.
         watch: further processes (servers) whose CPU and memory belong to our side.
+        plumbing: of ours and of the yardstick.
     """
     sides = Side([], []), Side([], [])
     for number in range(rounds + 1):
-        for side, start, more in zip(
-            sides, (ours, yardstick), (watch, lambda: ()), strict=True
+        for side, start, more, ends in zip(
+            sides, (ours, yardstick), (watch, lambda: ()), plumbing, strict=True
         ):
             between()
-            seconds, cpu, rss = run(start(), more())
+            seconds, cpu, rss = run(start(), more(), ends)
             if number:
                 side.seconds.append(seconds)
                 side.cpu.append(cpu)
@@ -91,16 +117,34 @@ def compare(
     return sides
 
 
-def run(argv: Sequence[str], more: Sequence[int] = ()) -> tuple[float, float, float]:
+def run(
+    argv: Sequence[str], more: Sequence[int] = (), ends: Plumbing = NOTHING
+) -> tuple[float, float, float]:
     """Run a command; return seconds, CPU seconds and peak MiB of its process tree."""
-    before = sum(_cpu_of(pid) for pid in more)
+    before = sum(cpu_of(pid) for pid in more)
     began = time.perf_counter()
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    peak = _Peak([process.pid, *more])
+    source: Any = subprocess.DEVNULL
+    target: Any = subprocess.DEVNULL
+    helpers = []
+    if ends.feed:
+        feeder = subprocess.Popen(["cat", *map(str, ends.feed)], stdout=subprocess.PIPE)
+        helpers.append(feeder)
+        source = feeder.stdout
+    if ends.drain:
+        drain = subprocess.Popen(
+            ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        helpers.append(drain)
+        target = drain.stdin
+    process = subprocess.Popen(argv, stdin=source, stdout=target)
+    for end in (source, target):
+        if not isinstance(end, int):
+            end.close()  # else a pipe never ends
+    peak = Peak([process.pid, *more])
     try:
         _, status, usage = os.wait4(process.pid, 0)
+        for helper in helpers:
+            helper.wait()
         seconds = time.perf_counter() - began
     finally:
         peak.stop()
@@ -108,7 +152,13 @@ def run(argv: Sequence[str], more: Sequence[int] = ()) -> tuple[float, float, fl
     if process.returncode:
         raise SystemExit(f"{' '.join(argv)} ended with {process.returncode}")
     cpu = usage.ru_utime + usage.ru_stime
-    return seconds, cpu + sum(_cpu_of(pid) for pid in more) - before, peak.mib
+    return seconds, cpu + sum(cpu_of(pid) for pid in more) - before, peak.mib
+
+
+def told(argv: Sequence[str]) -> Any:
+    """Run a command that measures itself; return the JSON it printed."""
+    done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 class Resident:
@@ -135,19 +185,25 @@ class Resident:
                 self.mib[pid] = max(self.mib.get(pid, 0.0), mib)
 
 
-class _Peak:
-    """Looks every 20 ms at the memory of processes and all below them."""
+class Peak:
+    """Looks every 20 ms at the memory of processes and all below them, until stopped.
 
-    def __init__(self, roots: list[int]) -> None:
+    Args:
+        below: only what is below them.
+    """
+
+    def __init__(self, roots: list[int], *, below: bool = False) -> None:
         self.mib = 0.0
         self._roots = roots
+        self._left_out = set(roots) if below else set[int]()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
         while not self._over.wait(0.02):
-            pages = sum(_resident(pid) for root in self._roots for pid in _tree(root))
+            pids = {pid for root in self._roots for pid in _tree(root)}
+            pages = sum(map(_resident, pids - self._left_out))
             self.mib = max(self.mib, pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def stop(self) -> None:
@@ -170,12 +226,18 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _cpu_of(pid: int) -> float:
+def cpu_of(pid: int) -> float:
+    """Return the CPU seconds of a process and of those it has waited for."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    return sum(map(int, fields[11:15])) / TICKS
+
+
+def better(pairs: Sequence[tuple[Side, Side]]) -> tuple[Side, Side]:
+    """Choose of several comparisons the one whose yardstick is the fastest."""
+    return min(pairs, key=lambda pair: pair[1].median)
 
 
 def throughput(
@@ -190,11 +252,12 @@ def throughput(
     ours, theirs = sides
     ratio = theirs.median / ours.median
     speeds = [size / 1e6 / side.median for side in sides]
-    cpu = statistics.median(ours.cpu) * 2**30 / size
+    cpu, his_cpu = (statistics.median(side.cpu) * 2**30 / size for side in sides)
     say(
         f"{row:>12} {name}: {ratio:.2f} (at least {at_least}); ours "
-        f"{speeds[0]:.0f} MB/s ({ours.spread}), yardstick {speeds[1]:.0f} MB/s "
-        f"({theirs.spread}); {cpu:.2f} s CPU/GiB, {ours.rss_mib:.0f} MiB"
+        f"{speeds[0]:.0f} MB/s ({ours.spread}), {cpu:.2f} s CPU/GiB, "
+        f"{ours.rss_mib:.0f} MiB; yardstick {speeds[1]:.0f} MB/s ({theirs.spread}), "
+        f"{his_cpu:.2f} s CPU/GiB, {theirs.rss_mib:.0f} MiB"
     )
     return Row(
         *(row, name, round(ratio, 3), at_least, None, ratio >= at_least),
@@ -209,25 +272,40 @@ def bounded(
     value: float,
     at_most: float,
     *,
+    cpu_s_per_gib: float | None = None,
     rss_mib: float | None = None,
     unit: str = "",
+    points: list[tuple[float, float]] | None = None,
 ) -> Row:
     """Make and say a row where less is better."""
     say(f"{row:>12} {name}: {value:.3g}{unit} (at most {at_most}{unit})")
     return Row(
-        *(row, name, round(value, 3), None, at_most, value <= at_most),
-        *(None, None, None, None if rss_mib is None else round(rss_mib, 1)),
+        *(row, name, round(value, 3), None, at_most, value <= at_most, None, None),
+        None if cpu_s_per_gib is None else round(cpu_s_per_gib, 3),
+        None if rss_mib is None else round(rss_mib, 1),
+        points,
     )
 
 
+def cpu_row(row: str, name: str, size: int, side: Side, at_most: float) -> Row:
+    """Make and say the row of our own CPU seconds per GiB."""
+    cpu = statistics.median(side.cpu) * 2**30 / size
+    return bounded(row, name, cpu, at_most, cpu_s_per_gib=cpu, unit=" s/GiB")
+
+
+_said: list[str] = []
+
+
 def say(text: str) -> None:
+    """Print a line, and keep it for what accompanies the JSON."""
+    _said.append(text)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def say_machine() -> None:
     """Print what the numbers were measured on."""
-    say(f"$ {' '.join(sys.argv)}")
+    say(f"$ ./dev bench {' '.join(sys.argv[1:])}")
     say(
         f"{platform.platform()}, {os.cpu_count()} CPUs, Python "
         f"{platform.python_version()}"
@@ -244,20 +322,24 @@ def say_machine() -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows as a list of objects, without the bounds they don't have."""
+    """Write the rows as a list of objects, without the bounds they don't have.
+
+    What was said, the machine and the spreads among it, goes beside it as text.
+    """
     values: list[dict[str, Any]] = [
         {key: value for key, value in asdict(row).items() if value is not None}
         for row in rows
     ]
     path.write_text(json.dumps(values, indent=1) + "\n")
+    path.with_suffix(".txt").write_text("\n".join(_said) + "\n")
 
 
 @contextlib.contextmanager
-def serving(argv: Sequence[str], socket: Path) -> Iterator[int]:
+def serving(argv: Sequence[str], path: Path) -> Iterator[int]:
     """Run an NBD server until the block ends; yields its pid."""
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
-        while not socket.exists():
+        while not _listens(path):
             if process.poll() is not None:
                 raise SystemExit(f"{argv[0]} did not start")
             time.sleep(0.01)
@@ -265,6 +347,38 @@ def serving(argv: Sequence[str], socket: Path) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
+        path.unlink(missing_ok=True)
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody does; the file alone is there a moment earlier."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        # Whoever leaves without a word is complained of by some servers.
+        client.sendall(b"\0\0\0\3IHAVEOPT\0\0\0\2\0\0\0\0")
+        return client.recv(38, socket.MSG_WAITALL) != b""
+    return False
+
+
+@contextlib.contextmanager
+def workspace(need: int) -> Iterator[Path]:
+    """Make a directory for ``need`` bytes of images: in memory, else on a disk.
+
+    A disk's page cache is as fast as long as it isn't written back meanwhile, which
+    nobody promises; so it says where it is.
+    """
+    place = Path("/dev/shm")
+    if shutil.disk_usage(place).free < need or _available() < need * 1.2:
+        place = Path("/var/tmp")
+        say(f"images in {place}: no memory for {need >> 20} MiB of them")
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=place) as directory:
+        yield Path(directory)
+
+
+def _available() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    line = next(text for text in lines if text.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def full_image(path: Path, size: int, *, compressible: bool = False) -> None:

@@ -1,129 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product's side of each comparison: ``python -m bench.sides NAME …``.
 
-It is the feature path (scan, zero test, frames), not a special one for benchmarks.
+It is the feature path (scan, zero test, frames), not a special one for benchmarks. Only
+what a side needs is imported: a process's start is a part of its time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import ssl
-import subprocess
+import importlib
 import sys
-from contextlib import aclosing
-
-import uvloop
-
-from pveplug.dr.channel import Channel, ClientAuth, ServerAuth, serve
-from pveplug.dr.channel import connect as connect_channel
-from pveplug.extents import Kind
-from pveplug.nbd.client import UnixAddress, connect
-from pveplug.nbd.source import OrderedReader, extents, is_zero
-from pveplug.proto.dr_digest import RunDigest
-from pveplug.proto.dr_frames import Block, Bye, DiskEnd, decode
-from pveplug.units import CLUSTER
-
-
-async def read(socket: str) -> None:
-    """Read what a Full would read, with its zero test, to nowhere."""
-    address = UnixAddress(socket)
-    async with await connect(address, contexts=["base:allocation"]) as client:
-        runs = [
-            (extent.offset, extent.length)
-            async for extent in extents(client)
-            if extent.kind is Kind.DATA
-        ]
-        async with aclosing(OrderedReader(client).read(runs)) as slots:  # type: ignore[type-var]
-            async for slot in slots:
-                for at in range(0, slot.length, CLUSTER):
-                    is_zero(slot.buffer, at, min(CLUSTER, slot.length - at))
-
-
-async def dr_channel(image: str, cert: str, key: str) -> None:
-    """Send a file as blocks to a receiver that checks and digests them."""
-    server = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.sides", "dr-sink", cert, key),
-        stdout=subprocess.PIPE,
-    )
-    assert server.stdout is not None
-    port = int(await server.stdout.readline())
-    auth = ClientAuth(token=b"t" * 64)
-    async with await connect_channel("127.0.0.1", port, auth=auth) as channel:
-        digest = RunDigest()
-        with open(image, "rb") as file:  # noqa: ASYNC230 - from the page cache
-            offset = 0
-            while data := file.read(1 << 20):
-                block = Block(0, offset, data)
-                digest.add(block)
-                await channel.send(block)
-                offset += len(data)
-        await channel.send(DiskEnd(0, digest.frames, digest.bytes, digest.hexdigest()))
-        await channel.receive()
-    await server.wait()
-
-
-async def dr_sink(cert: str, key: str) -> None:
-    """Take one session of :func:`dr_channel`."""
-    over = asyncio.Event()
-
-    async def take(channel: Channel) -> None:
-        digest = RunDigest()
-        while (raw := await channel.receive()) is not None:
-            message = decode(raw.type, raw.payload)
-            if isinstance(message, Block):
-                digest.add(message)
-            elif isinstance(message, DiskEnd):
-                assert digest.hexdigest() == message.digest
-                await channel.send(Bye())
-                break
-        over.set()
-
-    auth = ServerAuth(cert_file=cert, key_file=key, token=b"t" * 64, ca_file=None)
-    async with await serve("127.0.0.1", 0, auth=auth, handler=take) as server:
-        sys.stdout.write(f"{server.address[1]}\n")
-        sys.stdout.flush()
-        await over.wait()
-
-
-def tls_plain(image: str, cert: str, key: str) -> None:
-    """The yardstick: a file over TLS 1.3 by blocking sockets, to whoever reads."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    if os.fork() == 0:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(cert, key)
-        taken, _ = listener.accept()
-        with context.wrap_socket(taken, server_side=True) as stream:
-            buffer = bytearray(1 << 20)
-            while stream.recv_into(buffer):
-                pass
-        os._exit(0)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    plain = socket.create_connection(listener.getsockname())
-    with context.wrap_socket(plain) as stream, open(image, "rb") as file:
-        while data := file.read(1 << 20):
-            stream.sendall(data)
-    os.wait()
-
 
 SIDES = {
-    "read": read,
-    "dr-channel": dr_channel,
-    "dr-sink": dr_sink,
+    "read": "side_nbd",
+    "scans": "side_nbd",
+    "backup": "side_paths",
+    "memory": "side_paths",
+    "disks": "side_paths",
+    "restore": "side_paths",
+    "dr-channel": "side_dr",
+    "dr-sink": "side_dr",
+    "tls-plain": "side_dr",
 }
 
 
 def main() -> None:
+    """Be the side that is named."""
     name, *arguments = sys.argv[1:]
-    if name == "tls-plain":
-        tls_plain(*arguments)
+    module = importlib.import_module(f"bench.{SIDES[name]}")
+    side = getattr(module, name.replace("-", "_"))
+    if not asyncio.iscoroutinefunction(side):
+        side(*arguments)
         return
+    import uvloop
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(SIDES[name](*arguments))
+        runner.run(side(*arguments))
 
 
 if __name__ == "__main__":

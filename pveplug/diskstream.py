@@ -28,7 +28,7 @@ from pveplug.images.clusters import ClusterMap
 from pveplug.images.edges import EdgeRun, EdgesWriter, without
 from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
 from pveplug.nbd.client import NbdClient
-from pveplug.nbd.source import OrderedReader, Slot, extents, is_zero
+from pveplug.nbd.source import OrderedReader, Slot, is_zero, mark
 from pveplug.pacing import Pace
 from pveplug.units import CLUSTER, KiB, MiB, round_down
 
@@ -131,11 +131,9 @@ async def scan(client: NbdClient, *, context: str | None, known: int) -> Cluster
     tail = 0
     if context is not None:
         tail = min(round_down(known, CLUSTER), client.size)
-        async for extent in extents(client, dirty=context):
-            clusters.mark(extent)
+        await mark(client, clusters, dirty=context)
     if context is None or known < client.size:
-        async for extent in extents(client, start=tail):
-            clusters.mark(extent)
+        await mark(client, clusters, start=tail)
     return clusters
 
 

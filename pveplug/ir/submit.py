@@ -184,15 +184,28 @@ def planned(
         step(f"{part.job} (JobId {part.job_id})", (part.directory, part.names))
         for part in parts
     ]
-    if marks := first_marks(parts):
-        names = {name for _, found in marks for name in found}
-        firmware = any(manifest.image_file(key) in names for key in FIRMWARE_KEYS)
-        what = [
-            *(["firmware state"] if firmware else []),
-            *(["ends of the disks"] if manifest.EDGES_FILE in names else []),
-        ]
-        steps.insert(0, step(f"{' and '.join(what)}, of the whole chain", *marks))
+    marks = first_marks(parts)
+    if marks and len(parts) > 1:
+        # With the newest job, for each job costs seconds: Bacula gives the older ones'
+        # small files first, and then what is as a rule the smallest of all.
+        last = parts[0]
+        older = [mark for mark in marks if mark[0] != last.directory]
+        title = f"{_what(marks)} of the whole chain, and {steps[0].title}"
+        steps[0] = step(title, (last.directory, last.names), *older)
+    elif marks and manifest.image_file("tpmstate0") in parts[0].names:
+        # It comes after the disks in its job, and the start can't wait for those.
+        steps.insert(0, step(_what(marks), *marks))
     return Plan(head, tuple(chain), tuple(parts), tuple(steps), _remarks(head, found))
+
+
+def _what(marks: Sequence[tuple[str, tuple[str, ...]]]) -> str:
+    names = {name for _, found in marks for name in found}
+    firmware = any(manifest.image_file(key) in names for key in FIRMWARE_KEYS)
+    parts = [
+        *(["firmware state"] if firmware else []),
+        *(["ends of the disks"] if manifest.EDGES_FILE in names else []),
+    ]
+    return " and ".join(parts)
 
 
 def whole(plan: Plan) -> RestoreOrder:

@@ -31,6 +31,7 @@ from typing import Final
 
 from pveplug.errors import NbdError
 from pveplug.extents import Extent, Kind, coalesced
+from pveplug.images.clusters import ClusterMap
 from pveplug.nbd.client import NbdClient
 from pveplug.nbd.connection import Pending
 from pveplug.proto import nbd_wire as wire
@@ -63,29 +64,12 @@ async def extents(
     Raises:
         NbdError: the server doesn't offer the bitmap, or failed a request.
     """
-    end = client.size if end is None else end
-    context = _dirty_context(dirty)
-    if context is not None and context not in client.contexts:
-        raise NbdError(f"the NBD export has no context {context}", wire.Error.ENOTSUP)
-    useful = context is not None or wire.BASE_ALLOCATION in client.contexts
-    if start < end and not useful:
-        yield Extent(start, end - start, Kind.DATA)
-        return
-    unit = client.minimum_block
-    window = max(round_down(window, unit), unit)
     kind: Kind | None = None  # of the run that isn't ended yet, [since, at)
     since = at = start
-    while at < end:
-        low = round_down(at, unit)
-        asked = min(round_up(min(low + window, end), unit), client.size) - low
-        status = await client.status(low, asked)
-        allocation = status.get(wire.BASE_ALLOCATION)
-        bitmap = status[context] if context is not None else None
-        lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
-        high = min(low + min(lengths), end)
+    async for pieces in _rounds(client, dirty, start, end, window):
         # One Extent per run that is yielded, none on the way: a fully scattered disk
         # has 16,384 of them per GiB.
-        for stop, is_now in _merged(low, high, bitmap, allocation):
+        for stop, is_now in pieces:
             if stop <= at:
                 continue  # before a start that isn't aligned
             if is_now is not kind:
@@ -95,6 +79,67 @@ async def extents(
             at = stop
     if kind is not None:
         yield Extent(since, at - since, kind)
+
+
+async def mark(
+    client: NbdClient,
+    clusters: ClusterMap,
+    *,
+    dirty: str | None = None,
+    start: int = 0,
+    end: int | None = None,
+) -> None:
+    """Mark in ``clusters`` what :func:`extents` would yield.
+
+    The same without an object and a step of the event loop's for each extent: a third
+    of the time.
+
+    Raises: as :func:`extents`.
+    """
+    kind = Kind.CLEAN  # of the run that isn't ended yet, [since, at)
+    since = at = start
+    mark_range, clean = clusters.mark_range, Kind.CLEAN
+    async for pieces in _rounds(client, dirty, start, end, WINDOW):
+        for stop, is_now in pieces:
+            if stop <= at:
+                continue
+            if is_now is not kind:
+                if kind is not clean:
+                    mark_range(since, at - since, kind)
+                since, kind = at, is_now
+            at = stop
+    if kind is not clean:
+        mark_range(since, at - since, kind)
+
+
+async def _rounds(
+    client: NbdClient, dirty: str | None, start: int, end: int | None, window: int
+) -> AsyncIterator[Iterable[tuple[int, Kind]]]:
+    """Ask for ``[start, end)``; yield of each round the end and kind of its pieces.
+
+    The first may begin before ``start``, the pieces of a round tile what it covers.
+    """
+    end = client.size if end is None else end
+    context = _dirty_context(dirty)
+    if context is not None and context not in client.contexts:
+        raise NbdError(f"the NBD export has no context {context}", wire.Error.ENOTSUP)
+    useful = context is not None or wire.BASE_ALLOCATION in client.contexts
+    if start < end and not useful:
+        yield [(end, Kind.DATA)]
+        return
+    unit = client.minimum_block
+    window = max(round_down(window, unit), unit)
+    at = start
+    while at < end:
+        low = round_down(at, unit)
+        asked = min(round_up(min(low + window, end), unit), client.size) - low
+        status = await client.status(low, asked)
+        allocation = status.get(wire.BASE_ALLOCATION)
+        bitmap = status[context] if context is not None else None
+        lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
+        high = min(low + min(lengths), end)
+        yield _merged(low, high, bitmap, allocation)
+        at = max(at, high)
 
 
 def _dirty_context(dirty: str | None) -> str | None:

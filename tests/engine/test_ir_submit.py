@@ -126,49 +126,58 @@ async def test_each_job_is_restored_alone_newest_first_with_the_whole_chain_s_id
     assert not [line for line in said if "Start Rest" in line or "Connected" in line]
 
 
-async def test_firmware_of_the_whole_chain_comes_before_all() -> None:
+async def test_firmware_of_the_whole_chain_comes_with_the_newest_job() -> None:
     console = FakeConsole([part(n, "scsi0", "efidisk0", "tpmstate0") for n in (1, 2)])
     plan = await plan_of(console)
-    assert len(plan.steps) == 3
+    assert len(plan.steps) == 2
     firmware = (
         "efidisk0.qcow2", "efidisk0.digests", "tpmstate0.qcow2", "tpmstate0.digests",
     )  # fmt: skip
-    assert plan.steps[0].order.marks == (
-        (f"{VM}/{unique(2)}", (*SMALL, *firmware)),
-        (f"{VM}/{unique(1)}", ("layout.json", *firmware)),
-    )
+    newest, older = plan.steps[0].order.marks
+    assert newest[0] == f"{VM}/{unique(2)}"
+    assert set(newest[1]) > {"scsi0.qcow2", *firmware}
+    assert older == (f"{VM}/{unique(1)}", ("layout.json", *firmware))
     assert plan.steps[0].order.job_ids == (1, 2)
+    assert [o[0] for o in plan.steps[1].order.marks] == [f"{VM}/{unique(1)}"]
 
 
-async def test_the_ends_of_all_disks_of_the_whole_chain_come_before_all() -> None:
+async def test_the_ends_of_all_disks_of_the_chain_come_with_the_newest_job() -> None:
     """Of those jobs that have them: the first may be of an older pveplug."""
     console = FakeConsole(
         [part(1, "scsi0"), *(part(n, "scsi0", edges=True) for n in (2, 3))]
     )
     plan = await plan_of(console)
     assert [step.title for step in plan.steps] == [
-        "ends of the disks, of the whole chain",
-        *(f"{unique(n)} (JobId {n})" for n in (3, 2, 1)),
+        f"ends of the disks of the whole chain, and {unique(3)} (JobId 3)",
+        *(f"{unique(n)} (JobId {n})" for n in (2, 1)),
     ]
-    assert plan.steps[0].order.marks == (
-        (f"{VM}/{unique(3)}", (*SMALL, "edges.bin")),
+    newest, *older = plan.steps[0].order.marks
+    assert newest[0] == f"{VM}/{unique(3)}"
+    assert {"edges.bin", "scsi0.qcow2"} < set(newest[1])
+    assert older == [
         (f"{VM}/{unique(2)}", ("layout.json", "edges.bin")),
         (f"{VM}/{unique(1)}", ("layout.json",)),
-    )
+    ]
 
 
-async def test_ends_and_firmware_come_in_one_job() -> None:
-    console = FakeConsole([part(1, "scsi0", "efidisk0", edges=True)])
+async def test_a_full_s_tpm_state_comes_before_its_disks_in_a_job_of_its_own() -> None:
+    console = FakeConsole([part(1, "scsi0", "tpmstate0", edges=True)])
     plan = await plan_of(console)
-    assert plan.steps[0].title == (
-        "firmware state and ends of the disks, of the whole chain"
-    )
+    assert plan.steps[0].title == "firmware state and ends of the disks"
     assert plan.steps[0].order.marks == (
         (
             f"{VM}/{unique(1)}",
-            (*SMALL, "edges.bin", "efidisk0.qcow2", "efidisk0.digests"),
+            (*SMALL, "edges.bin", "tpmstate0.qcow2", "tpmstate0.digests"),
         ),
     )
+    assert len(plan.steps) == 2
+
+
+async def test_a_full_without_one_is_one_job_for_its_stream_begins_with_all_that() -> (
+    None
+):
+    console = FakeConsole([part(1, "scsi0", "efidisk0", edges=True)])
+    assert len((await plan_of(console)).steps) == 1
 
 
 async def test_firmware_that_the_head_no_longer_has_isn_t_asked_for() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -433,5 +434,6 @@ class Site:
 
 
 def short_base(prefix: str = "pl") -> Path:
-    """A fresh short directory for a lab root."""
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir="/tmp"))
+    """A fresh short directory for a lab root; ``PVEPLUG_LAB_DIR`` says below what."""
+    where = os.environ.get("PVEPLUG_LAB_DIR", "/tmp")
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=where))

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from pveplug.errors import NbdError, RemoteProtocolError
 from pveplug.extents import Extent, Kind, coalesced, tiles
-from pveplug.nbd.source import extents, is_zero
+from pveplug.nbd.source import extents, is_zero, mark
 from pveplug.proto.nbd_client import Completed, NbdClientMachine, Phase, Ready
 from pveplug.proto.nbd_request import Runs
 from tests.support.nbd_model import FLAGS, Manner, ModelServer
@@ -234,6 +234,38 @@ def test_any_legal_block_status_tiles_the_range(manner, granted, window, ends):
     for extent in got:
         low, high = extent.offset // UNIT, -(-extent.end // UNIT)
         assert set(kinds[low:high]) == {extent.kind}
+
+
+class Marks:
+    """A map of clusters that only notes what is marked."""
+
+    def __init__(self):
+        self.extents = []
+
+    def mark_range(self, offset, length, kind):
+        self.extents.append(Extent(offset, length, kind))
+
+
+@QUICK
+@given(
+    manner=manners,
+    granted=st.sets(st.sampled_from(CONTEXTS)),
+    ends=st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(sorted),
+)
+def test_what_is_marked_is_what_the_extents_are(manner, granted, ends):
+    contexts = tuple(sorted(granted))
+    start, end = ends
+    dirty = "b" if CONTEXTS[1] in contexts else None
+    marks = Marks()
+
+    async def collect():
+        # The server's manner may be random: each asks one of its own.
+        one, other = FakeClient(manner, contexts), FakeClient(manner, contexts)
+        await mark(one, marks, dirty=dirty, start=start, end=end)
+        source = extents(other, dirty=dirty, start=start, end=end)
+        return [e async for e in source if e.kind is not Kind.CLEAN]
+
+    assert asyncio.run(collect()) == list(coalesced(marks.extents))
 
 
 @given(
