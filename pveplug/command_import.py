@@ -20,7 +20,8 @@ from pveplug.errors import (
     JobError,
     TransportError,
 )
-from pveplug.importing import Found, import_to_file, look
+from pveplug.import_out import import_to_file
+from pveplug.importing import Found, look
 from pveplug.node import Node, load_node
 from pveplug.pluginstring import quoted
 from pveplug.units import human

@@ -61,12 +61,14 @@ class Arrival:
         size: in bytes, None where nobody says.
         mtime: seconds since 1970, 0 where nobody says.
         disk_size: bytes of the disk after all of its chain, where that is known.
+        raw: it was looked at and is a raw disk, whatever it begins with.
     """
 
     name: str
     size: int | None = None
     mtime: int = 0
     disk_size: int | None = None
+    raw: bool = False
 
     @property
     def file(self) -> str:
@@ -225,7 +227,9 @@ class ForeignFiles:
             await self._extent(owed, arrival, first, batches)
             return
         head = bytes(first[:HEAD])
-        trusted = any(fnmatchcase(arrival.file, pattern) for pattern in self._raw)
+        trusted = arrival.raw or any(
+            fnmatchcase(arrival.file, pattern) for pattern in self._raw
+        )
         role = Role.DISK if trusted else role_of(arrival.file, head)
         if role is Role.DISK:
             kind = kind_of(arrival.file, head, arrival.size, trusted=trusted)

@@ -17,7 +17,6 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -36,7 +35,7 @@ from pveplug.images.foreign_files import (
 from pveplug.images.lineage import Link, why_not
 from pveplug.import_files import Arrival, ForeignFiles, Progress
 from pveplug.import_vm import ImportVm
-from pveplug.importing import Found, first_of, one_image, sets_of
+from pveplug.importing import Found, first_of, is_raw, one_image, sets_of
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
 from pveplug.tasks import first_failure
@@ -77,7 +76,7 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
     kinds: dict[Path, Format] = {}
     for path in dict.fromkeys(path for path in paths if path != STDIN):
         head = first_of(path)
-        trusted = any(fnmatchcase(path.name, pattern) for pattern in raw)
+        trusted = is_raw(path, raw)
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
             if role is Role.DISK:
@@ -204,6 +203,7 @@ async def import_to_vm(
                             facts.st_size,
                             int(facts.st_mtime),
                             chain[-1].size if chain[-1].info.size else None,
+                            raw=image.kind is Format.RAW,
                         )
                         await files.receive(arrival, _pieces(path))
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pveplug.describe.guest import Bus, GuestDescription, GuestDisk
-from pveplug.errors import ConfigError, IntegrityError
+from pveplug.errors import ConfigError, IntegrityError, RequestError
 from pveplug.events import ListReporter
 from pveplug.import_local import STDIN, survey
+from pveplug.import_out import RawFile
 from pveplug.import_vm import bind, plain_name
 from pveplug.importing import look
 from tests.support import vhd_images, vmdk_images
@@ -116,6 +117,13 @@ def test_a_fixed_vhd_has_its_identity_at_its_end(tmp_path: Path) -> None:
         assert (chain[0].info.format, chain[0].info.size) == ("vhd", SIZE)
 
 
+def test_a_fixed_vhd_may_begin_like_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "web.avhd"
+    path.write_bytes(vhd_images.fixed(b"\x07" * SIZE))
+    assert look([path])[0].info.subformat == "fixed"
+    assert survey([path]).disks[0][0].size == SIZE
+
+
 def test_a_raw_disk_is_found_by_its_digest(tmp_path: Path) -> None:
     full = raw(tmp_path / "full.raw")
     digest = hashlib.sha256(full.read_bytes()).hexdigest()
@@ -124,6 +132,42 @@ def test_a_raw_disk_is_found_by_its_digest(tmp_path: Path) -> None:
     wrong = delta(tmp_path / "w", "sha256:00", "w", SIZE, [(0, b"x" * 512)])
     with pytest.raises(IntegrityError, match="nothing builds on"):
         look([wrong, full])
+
+
+async def test_a_write_that_is_refused_is_an_error(tmp_path: Path) -> None:
+    found = look([raw(tmp_path / "a.raw")])[0]
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        target = RawFile(full.fileno(), SIZE, "a.out")
+        with pytest.raises(RequestError, match=r"a\.out can't be written: No space"):
+            await target.apply(found, first=True, say=ListReporter())
+
+
+async def test_a_raw_file_keeps_holes_and_zeroes_what_an_increment_zeroes(
+    tmp_path: Path,
+) -> None:
+    size = 1 << 20
+    content = bytearray(size)
+    content[65536:131072] = b"x" * 65536
+    content[200_000:200_001] = b"y"
+    content[510:512] = b"\x55\xaa"
+    full = tmp_path / "full.raw"
+    full.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    runs: list[tuple[int, bytes | int]] = [(69632, 8192), (1 << 19, b"z" * 512)]
+    child = delta(tmp_path / "c", f"sha256:{digest}", "c", size, runs)
+    out = tmp_path / "out"
+    with out.open("x+b", buffering=0) as file:
+        file.truncate(size)
+        target = RawFile(file.fileno(), size, "out")
+        chain = look([child, full])
+        assert await target.apply(chain[0], first=True, say=ListReporter()) == size
+        assert out.stat().st_blocks * 512 < size // 2
+        await target.apply(chain[1], first=False, say=ListReporter())
+        await target.zero(200_000, 4096)
+    content[69632:77824] = bytes(8192)
+    content[1 << 19 : (1 << 19) + 512] = b"z" * 512
+    content[200_000:204_096] = bytes(4096)
+    assert out.read_bytes() == content
 
 
 def test_what_nobody_knows_is_no_raw_disk(tmp_path: Path) -> None:
