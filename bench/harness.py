@@ -272,6 +272,8 @@ def bounded(
     value: float,
     at_most: float,
     *,
+    mb_s: float | None = None,
+    yardstick_mb_s: float | None = None,
     cpu_s_per_gib: float | None = None,
     rss_mib: float | None = None,
     unit: str = "",
@@ -280,11 +282,14 @@ def bounded(
     """Make and say a row where less is better."""
     say(f"{row:>12} {name}: {value:.3g}{unit} (at most {at_most}{unit})")
     return Row(
-        *(row, name, round(value, 3), None, at_most, value <= at_most, None, None),
-        None if cpu_s_per_gib is None else round(cpu_s_per_gib, 3),
-        None if rss_mib is None else round(rss_mib, 1),
-        points,
+        *(row, name, round(value, 3), None, at_most, value <= at_most),
+        *(_rounded(mb_s, 1), _rounded(yardstick_mb_s, 1)),
+        *(_rounded(cpu_s_per_gib, 3), _rounded(rss_mib, 1), points),
     )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def cpu_row(row: str, name: str, size: int, side: Side, at_most: float) -> Row:
@@ -322,12 +327,16 @@ def say_machine() -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows as a list of objects, without the bounds they don't have.
+    """Write the rows as a list of objects; of the bounds each has its own.
 
     What was said, the machine and the spreads among it, goes beside it as text.
     """
     values: list[dict[str, Any]] = [
-        {key: value for key, value in asdict(row).items() if value is not None}
+        {
+            key: value
+            for key, value in asdict(row).items()
+            if value is not None or key not in ("at_least", "at_most", "points")
+        }
         for row in rows
     ]
     path.write_text(json.dumps(values, indent=1) + "\n")

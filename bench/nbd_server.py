@@ -123,7 +123,8 @@ def latency(ours: Path, theirs: Path, size: int, requests: int) -> list[Row]:
         mine, his = (asker.percentile(part) for asker in askers)
         say(f"{name}: ours {mine:.1f} us, nbdkit {his:.1f} us")
         title = f"NBD server, 4 KiB random reads at depth 1, {name}"
-        rows.append(bounded("9", title, mine / his, 1.2))
+        speeds = {"mb_s": BLOCK / mine, "yardstick_mb_s": BLOCK / his}
+        rows.append(bounded("9", title, mine / his, 1.2, **speeds))
     mine, his = (statistics.fmean(asker.times) * 1e6 for asker in askers)
     say(f"mean: ours {mine:.1f} us, nbdkit {his:.1f} us")
     for asker in askers:

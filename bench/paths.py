@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product's data paths, put together as its engines do, without PVE around them.
 
-Backup: scan, read, zero test, both digests, qcow2 layout, PTCOMM frames. Restore:
+Backup: scan, edges, read, zero test, digests, qcow2 layout, PTCOMM frames. Restore:
 PTCOMM packets, qcow2, digests, owners of a chain, zero test, NBD. With every feature
 that is on by default; what the engines add is the snapshot before and the papers after.
 """
@@ -19,14 +19,15 @@ from pathlib import Path
 from pveplug.bacula import receive
 from pveplug.bacula_files import FileInfo, IncomingFile, OutgoingFile
 from pveplug.bacula_pipe import PtcommPipe
-from pveplug.diskstream import DiskStream, FileSink, RateLimit, scan
+from pveplug.diskstream import DiskStream, FileSink, RateLimit, read_edges, scan
 from pveplug.images.chain import JobRecord, backing_name
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
+from pveplug.images.edges import Edges, EdgesWriter, edge_ranges
 from pveplug.images.manifest import DiskEntry, Manifest
 from pveplug.images.qcow2_writer import Qcow2StreamWriter
 from pveplug.leafstore import LeafStore
-from pveplug.nbd.client import UnixAddress, connect
+from pveplug.nbd.client import NbdClient, UnixAddress, connect
 from pveplug.proto import ptcomm
 from pveplug.proto.ptcomm import Packet
 from pveplug.proto.ptcomm_words import Stat, Times
@@ -62,6 +63,7 @@ class Opened:
     """A disk between its scan and its end."""
 
     disk: Disk
+    client: NbdClient
     clusters: ClusterMap
     stream: DiskStream
     digest: DigestWriter
@@ -111,7 +113,7 @@ async def opened(
                 leaves=recording,
             )
             stack.push_async_callback(stream.aclose)
-            found.append(Opened(disk, clusters, stream, digest))
+            found.append(Opened(disk, client, clusters, stream, digest))
         yield found
 
 
@@ -121,11 +123,28 @@ async def send(one: Opened, out: FileSink) -> None:
     one.root = one.digest.finish()[1]
 
 
+async def read_ends(found: Sequence[Opened]) -> bytes:
+    """Read the ends of all disks, which go before the images; return the file."""
+    writer, limit = EdgesWriter(), RateLimit(0)
+    for one in found:
+        writer.begin(one.disk.key, one.clusters.size)
+        ranges = edge_ranges(one.clusters.size, len(found))
+        await read_edges(one.client, one.clusters, ranges, writer, limit)
+    content = writer.finish()
+    for key, disk in Edges.decode(content).disks.items():
+        next(one for one in found if one.disk.key == key).stream.hold(disk.runs)
+    return content
+
+
 async def backup(disks: Sequence[Disk], *, ahead: int = 2) -> list[Opened]:
     """Back disks up into standard output, one after the other, as a job does."""
     nobody, _open = os.pipe()
     pipe = PtcommPipe(nobody, os.dup(1))
     async with opened(disks) as found:
+        ends = await read_ends(found)
+        file = OutgoingFile(pipe, FileInfo("edges.bin", len(ends)), False)
+        await file.write(0, ends)
+        await file.finish()
         for number, one in enumerate(found):
             for other in found[number : number + ahead]:
                 other.stream.prefetch()

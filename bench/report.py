@@ -71,7 +71,7 @@ def page(name: str, rows: list[dict[str, Any]], said: str) -> str:
         bound = f"{least:g}" if least is not None else f"at most {row['at_most']:g}"
         cells = [row["row"], row["name"], f"{row['ratio']:g}", bound]
         for key in ("mb_s", "yardstick_mb_s", "cpu_s_per_gib", "rss_mib"):
-            cells.append(f"{row[key]:g}" if key in row else "")
+            cells.append(f"{row[key]:g}" if row.get(key) is not None else "")
         cells.append("yes" if row["ok"] else "**no**")
         text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
     text += (

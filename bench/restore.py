@@ -119,6 +119,8 @@ def chain(base: Path, size: int, rounds: int) -> list[Row]:
             f"chain of {MEMBERS}, time / (read once + write once)",
             mine.median / his.median,
             1.15,
+            mb_s=total / 1e6 / mine.median,
+            yardstick_mb_s=total / 1e6 / his.median,
             cpu_s_per_gib=cpu,
             rss_mib=mine.rss_mib,
         ),

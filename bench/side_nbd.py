@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import aclosing
 
-from pveplug.diskstream import scan
 from pveplug.extents import Kind
 from pveplug.nbd.client import UnixAddress, connect
 from pveplug.nbd.source import OrderedReader, extents, is_zero
@@ -21,6 +20,8 @@ async def read(socket: str, *dirty: str) -> None:
     contexts = ["base:allocation", *dirty]
     async with await connect(address, contexts=contexts) as client:
         if dirty:
+            from pveplug.diskstream import scan
+
             clusters = await scan(client, context=dirty[0], known=client.size)
             runs = ((run.offset, run.length) for run in clusters.data_runs())
         else:
@@ -39,6 +40,8 @@ async def read(socket: str, *dirty: str) -> None:
 
 async def scans(socket: str, context: str, times: str) -> None:
     """Scan a disk some times; print the seconds of each and how many extents it has."""
+    from pveplug.diskstream import scan
+
     address = UnixAddress(socket)
     async with await connect(address, contexts=["base:allocation", context]) as client:
         seconds = []

@@ -24,8 +24,9 @@ from typing import Final, Protocol
 
 from pveplug.errors import IntegrityError
 from pveplug.extents import Extent, Kind
+from pveplug.images.clusterhash import ClusterCutter
 from pveplug.images.clusters import ClusterMap
-from pveplug.images.edges import EdgeRun, EdgesWriter, without
+from pveplug.images.edges import EdgeRun, EdgesWriter, edge_ranges, without
 from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
 from pveplug.nbd.client import NbdClient
 from pveplug.nbd.source import OrderedReader, Slot, is_zero, mark
@@ -50,17 +51,10 @@ class FileSink(Protocol):
 
 
 class Digest(Protocol):
-    """What wants to see the data as it passes."""
+    """What wants to know the data as it passes."""
 
-    def update(self, guest_offset: int, view: memoryview) -> None: ...
-
-
-class Leaves(Protocol):
-    """What wants to see it in its buffer, where zeroes are found without a copy."""
-
-    def take(
-        self, offset: int, buffer: bytearray, start: int, length: int
-    ) -> object: ...
+    def add(self, cluster: int, found: bytes | None) -> None:
+        """Take the hash of a cluster, None for one of zeroes; they rise."""
 
 
 @dataclass(slots=True)
@@ -140,6 +134,29 @@ async def scan(client: NbdClient, *, context: str | None, known: int) -> Cluster
 async def read_edges(
     client: NbdClient,
     clusters: ClusterMap,
+    writer: EdgesWriter,
+    limit: RateLimit,
+    *,
+    disks: int,
+) -> None:
+    """Read the DATA clusters at the ends of a disk and its partitions, each once.
+
+    Args:
+        writer: has begun the disk.
+        disks: how many the VM has.
+
+    Raises: as :func:`read_ranges`.
+    """
+    (_, head), *_ = edge_ranges(clusters.size, disks)
+    first = await read_ranges(client, clusters, [(0, head)], writer, limit)
+    ranges = edge_ranges(clusters.size, disks, first)
+    rest = [(max(low, head), high) for low, high in ranges if high > head]
+    await read_ranges(client, clusters, rest, writer, limit)
+
+
+async def read_ranges(
+    client: NbdClient,
+    clusters: ClusterMap,
     ranges: Sequence[tuple[int, int]],
     writer: EdgesWriter,
     limit: RateLimit,
@@ -202,14 +219,14 @@ class DiskStream:
         trim: bool,
         limit: RateLimit,
         digest: Digest | None = None,
-        leaves: Leaves | None = None,
+        leaves: Digest | None = None,
     ) -> None:
         self._client = client
         self._writer = Qcow2StreamWriter(clusters, backing=backing)
         self._trim = trim
         self._limit = limit
-        self._digest = digest
-        self._leaves = leaves
+        self._digests = [one for one in (digest, leaves) if one is not None]
+        self._cutter = ClusterCutter(clusters.size)
         self._reader = OrderedReader(
             client, request_bytes=REQUEST, allowed=limit.in_flight
         )
@@ -302,16 +319,13 @@ class DiskStream:
     ) -> None:
         """Send a part of a slot without its zero clusters."""
         await self._limit.spend(length)
-        if self._digest is not None:
-            self._digest.update(slot.offset + start, slot.view[start : start + length])
-        if self._leaves is not None:
-            self._leaves.take(slot.offset + start, slot.buffer, start, length)
+        zero = self._digested(slot, start, length)
         end = start + length
         run = start  # where the run of clusters that aren't zero began
         at = start
         while at < end:
             step = min(CLUSTER, end - at)
-            if is_zero(slot.buffer, at, step):
+            if next(zero) if zero else is_zero(slot.buffer, at, step):
                 if run < at:
                     await self._write(out, place + run - start, slot.view[run:at])
                 self.progress.zero += step
@@ -322,6 +336,23 @@ class DiskStream:
         self.progress.read += length
         if self._trim:
             await self._give_back(slot.offset + start, length)
+
+    def _digested(self, slot: Slot, start: int, length: int) -> Iterator[bool] | None:
+        """Tell the digests of a part of a slot; return of each cluster if it is zero.
+
+        Returns: None where nobody asked, or where they aren't whole clusters.
+        """
+        if not self._digests:
+            return None
+        offset = slot.offset + start
+        zero = []
+        for number, found in self._cutter.take(offset, slot.buffer, start, length):
+            zero.append(found is None)
+            for digest in self._digests:
+                digest.add(number, found)
+        if offset % CLUSTER or len(zero) != -(-length // CLUSTER):
+            return None
+        return iter(zero)
 
     async def _write(self, out: FileSink, place: int, view: memoryview) -> None:
         await out.write(place, view)

@@ -35,7 +35,7 @@ from pveplug.images.foreign_files import (
 from pveplug.images.lineage import Link, why_not
 from pveplug.import_files import Arrival, ForeignFiles, Progress
 from pveplug.import_vm import ImportVm
-from pveplug.importing import Found, first_of, is_raw, one_image, sets_of
+from pveplug.importing import Found, first_of, is_raw, one_image, parts_of
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
 from pveplug.tasks import first_failure
@@ -72,10 +72,13 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
         ConfigError: a file can't be read.
         IntegrityError: an image is of a kind that isn't read, or of no chain.
     """
-    found = Survey()
+    found = Survey(stdin=STDIN in paths)
+    heads = {path: first_of(path) for path in paths if path != STDIN}
+    parts = parts_of(heads)
     kinds: dict[Path, Format] = {}
-    for path in dict.fromkeys(path for path in paths if path != STDIN):
-        head = first_of(path)
+    for path, head in heads.items():
+        if path not in parts:
+            continue  # an extent: what it begins with tells nothing
         trusted = is_raw(path, raw)
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
@@ -88,10 +91,9 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
             found.descriptions[path.name] = read_small(path)
         elif role is Role.COMPANION:
             found.passed_over.append(path)
-    found.stdin = STDIN in paths
     if found.stdin and kinds:
         raise ConfigError("- (standard input) is one disk; give no other image")
-    images = [one_image(files, kind) for files, kind in sets_of(kinds)]
+    images = [one_image((p, *parts[p]), kind) for p, kind in kinds.items()]
     found.disks = _chains(images)
     return found
 

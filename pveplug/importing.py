@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -123,12 +123,14 @@ def look(paths: Sequence[Path], raw: Sequence[str] = ()) -> list[Found]:
         ConfigError: a file can't be read.
         IntegrityError: one is of a kind that isn't read; they are no chain.
     """
+    heads = {path: first_of(path) for path in paths}
+    parts = parts_of(heads)
     kinds: dict[Path, Format] = {}
-    for path in paths:
+    for path in parts:
         try:
             kinds[path] = kind_of(
                 path.name,
-                first_of(path),
+                heads[path],
                 path.stat().st_size,
                 trusted=is_raw(path, raw),
             )
@@ -136,7 +138,7 @@ def look(paths: Sequence[Path], raw: Sequence[str] = ()) -> list[Found]:
             raise IntegrityError(
                 f"{path}: {error}; --raw {path.name} takes it for a raw disk"
             ) from error
-    found = [one_image(files, kind) for files, kind in sets_of(kinds)]
+    found = [one_image((p, *parts[p]), kind) for p, kind in kinds.items()]
     if len(found) == 1:
         return found
     _identify(found)
@@ -167,28 +169,40 @@ def first_of(path: Path) -> bytes:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
 
 
-def sets_of(kinds: dict[Path, Format]) -> list[tuple[tuple[Path, ...], Format]]:
-    """Join each VMDK's descriptor with its extents; what is left stands alone.
+def parts_of(heads: Mapping[Path, bytes]) -> dict[Path, tuple[Path, ...]]:
+    """Return files that stand by themselves, and the extents of VMDKs' descriptors.
 
     An extent lies beside its descriptor. One that lies elsewhere is taken where there
     is no other of its name: ESXi calls the disks of one VM alike on each datastore.
+    What an extent begins with is its guest's, and tells nothing.
+
+    Args:
+        heads: files and their first bytes.
 
     Raises:
         IntegrityError: a descriptor is damaged; which file is its extent isn't sure.
     """
-    left = dict(kinds)
-    joined: dict[Path, tuple[Path, ...]] = {}
-    for path, kind in kinds.items():
-        if kind is not Format.VMDK_DESCRIPTOR:
+    found: dict[Path, tuple[Path, ...] | IntegrityError] = {}
+    for path, head in heads.items():
+        found[path] = ()
+        if vmdk_wire.is_descriptor(head):
+            try:
+                found[path] = _extents(path, heads)
+            except IntegrityError as error:
+                found[path] = error  # unless it is an extent
+    taken = {p for parts in found.values() if isinstance(parts, tuple) for p in parts}
+    alone: dict[Path, tuple[Path, ...]] = {}
+    for path, parts in found.items():
+        if path in taken:
             continue
-        extents = _extents(path, [other for other in kinds if other != path])
-        joined[path] = (path, *extents)
-        for extent in extents:
-            left.pop(extent, None)
-    return [(joined.get(path, (path,)), kind) for path, kind in left.items()]
+        if isinstance(parts, IntegrityError):
+            raise parts
+        alone[path] = parts
+    return alone
 
 
-def _extents(path: Path, others: Sequence[Path]) -> list[Path]:
+def _extents(path: Path, given: Iterable[Path]) -> tuple[Path, ...]:
+    others = [other for other in given if other != path]
     with path.open("rb") as file:
         data = file.read(vmdk_wire.MAX_DESCRIPTOR + 1)
     if len(data) > vmdk_wire.MAX_DESCRIPTOR:
@@ -206,7 +220,7 @@ def _extents(path: Path, others: Sequence[Path]) -> list[Path]:
                 f"extent of {path} is not sure: put it beside"
             )
         found += beside or called
-    return found
+    return tuple(found)
 
 
 def _identify(found: Sequence[Found]) -> None:

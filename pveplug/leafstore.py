@@ -119,12 +119,12 @@ class Recording:
         except OSError as error:
             self._give_up(error)
 
-    def take(self, offset: int, buffer: bytearray, start: int, length: int) -> None:
-        """Add bytes of the image's data clusters, in order."""
+    def add(self, cluster: int, found: bytes | None) -> None:
+        """Add the hash of one of the image's data clusters, in order; None: zeroes."""
         if self._writer is None:
             return
         try:
-            self._writer.take(offset, buffer, start, length)
+            self._writer.add(cluster, found)
         except (OSError, IntegrityError) as error:
             self._give_up(error)
 

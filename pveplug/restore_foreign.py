@@ -128,7 +128,8 @@ class RestoreForeign:
             stack.push_async_callback(vm.target.aclose)
             stack.callback(vm.files.close)
         await file.accept("OK")
-        arrival = Arrival(str(name), file.size or None, file.mtime)
+        # Its time is the plug-in's word, not that of the file it was made from.
+        arrival = Arrival(str(name), file.size or None)
         await vm.files.receive(arrival, _without_holes(file))
         await file.done()
 

@@ -340,6 +340,13 @@ class ClusterMap:
             return
         bits = self.cluster_bits
         first, last = start >> bits, ((end - 1) >> bits) + 1
+        if last - first <= 2:  # what Bacula gives back at a time
+            kind, after = self.kind_at(first), self.kind_at(last - 1)
+            border = end if kind is after else (last - 1) << bits
+            yield Extent(start, border - start, kind)
+            if border < end:
+                yield Extent(border, end - border, after)
+            return
         data = set_runs(self.data, first, last)
         zero = set_runs(self.zero, first, last)
         none = (last, last)

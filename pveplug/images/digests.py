@@ -3,7 +3,7 @@
 
 The digest of a chunk is taken over ::
 
-    the bytes of its data clusters, in order, up to the disk's end
+    the BLAKE3-256 of each of its data clusters, in order, up to the disk's end
     then one letter per cluster: d (data), z (zero cluster of an overlay), . (nothing)
 
 so it covers both what is carried and where. Bytes of a data cluster that weren't sent
@@ -13,13 +13,15 @@ digest; the zero clusters, wherever they are, have one together, over the offset
 length (u64 each) of every run of them. The sidecar file lists runs of chunks; its own
 BLAKE3-128 is the root::
 
-    PHDG, version, chunk bits, cluster bits, 0, size   16 bytes
+    PHDG, version 4, chunk bits, cluster bits, 0, size 16 bytes
     first chunk (u32), count (u32), count x 16 bytes   … repeated, rising
     digest of the zero clusters                        16 bytes, since version 2
 
-Version 1 left zero clusters outside of chunks with data unguarded: one that was lost
-let the parent's data show. It costs 16 bytes per MiB that has data. blake3 releases the
-GIL, so all of this may be called from a worker thread, by one thread at a time.
+Version 2 has the bytes of the data clusters themselves in place of their BLAKE3-256.
+Version 1 moreover left zero clusters outside of chunks with data unguarded: one that
+was lost let the parent's data show. It costs 16 bytes per MiB that has data. blake3
+releases the GIL, so all of this may be called from a worker thread, by one thread at a
+time.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from blake3 import blake3
 
 from pveplug.errors import IntegrityError
 from pveplug.extents import Extent, Kind
+from pveplug.images.clusterhash import hash_of_zeroes
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.qcow2_reader import Event, GuestData, ImageHeader
 from pveplug.units import MiB
@@ -42,11 +45,12 @@ DIGEST: Final = 16
 
 _HEAD: Final = struct.Struct(">4sBBBBQ")
 _MAGIC: Final = b"PHDG"
-VERSION: Final = 2
-_VERSIONS: Final = (1, VERSION)
+VERSION: Final = 4
+_VERSIONS: Final = (1, 2, VERSION)
 _RUN: Final = struct.Struct(">II")
 _ZERO_RUN: Final = struct.Struct(">QQ")
 _ZEROES: Final = bytes(1 * MiB)
+_DATA: Final = ord("d")
 
 
 def root_of(sidecar: bytes) -> str:
@@ -71,9 +75,12 @@ class _Hasher:
         # A chunk holds whole clusters: with clusters of 2 MiB it is one of them.
         self.chunk_bits = max(CHUNK_BITS, cluster_bits)
         self._per_chunk = 1 << (self.chunk_bits - cluster_bits)
+        self._size = size
         self._clusters = ((size - 1) >> cluster_bits) + 1
         self._chunk = -1
         self._hash = blake3()
+        self._part = blake3()  # of a cluster that comes in several pieces
+        self._part_done = 0
         self._kinds = bytearray()
         self._has_data = False
         self._run_at = 0
@@ -105,7 +112,10 @@ class _Hasher:
             if kind is Kind.DATA:
                 self._open(chunk)
                 self._has_data = True
-                if view is None:
+                if self._version >= 4:
+                    end = taken + part
+                    self._hash_clusters(start, part, view and view[taken:end])
+                elif view is None:
                     for done in range(0, part, len(_ZEROES)):
                         width = min(part - done, len(_ZEROES))
                         self._hash.update(memoryview(_ZEROES)[:width])
@@ -116,6 +126,39 @@ class _Hasher:
                 self._open(chunk)
                 self._mark(start, part, b"z")
             taken += part
+
+    def _hash_clusters(self, start: int, length: int, view: memoryview | None) -> None:
+        """Add data of one chunk, which may begin and end within clusters."""
+        at, end, size = start, start + length, 1 << self._bits
+        while at < end:
+            first = at & -size
+            whole = min(size, self._size - first)
+            step = min(first + whole, end) - at
+            if step == whole:
+                if view is None:
+                    self._hash.update(hash_of_zeroes(whole))
+                else:
+                    low = at - start
+                    self._hash.update(blake3(view[low : low + whole]).digest())
+            else:
+                if view is None:
+                    self._part.update(bytes(step))
+                else:
+                    self._part.update(view[at - start : at - start + step])
+                self._part_done += step
+                if self._part_done == whole:
+                    self._hash.update(self._part.digest())
+                    self._part, self._part_done = blake3(), 0
+            at += step
+
+    def add_cluster(self, offset: int, length: int, found: bytes) -> None:
+        """Add one whole data cluster by its BLAKE3-256; as :meth:`add` for all else."""
+        self.data_bytes += length
+        self._open(offset >> self.chunk_bits)
+        self._has_data = True
+        self._hash.update(found)
+        place = (offset >> self._bits) - self._chunk * self._per_chunk
+        self._kinds[place] = _DATA
 
     def _open(self, chunk: int) -> None:
         if chunk == self._chunk:
@@ -175,6 +218,7 @@ class DigestWriter:
         """
         self._overlay = overlay
         self._size = clusters.size
+        self._bits = clusters.cluster_bits
         self._hasher = _Hasher(clusters.size, clusters.cluster_bits)
         self._runs = self._carried(clusters)
         self._run = next(self._runs, None)
@@ -185,31 +229,31 @@ class DigestWriter:
             if run.kind is Kind.DATA or (run.kind is Kind.ZERO and self._overlay):
                 yield run
 
-    def update(self, guest_offset: int, view: bytes | bytearray | memoryview) -> None:
-        """Add bytes that are sent, in order; those left out count as zeroes.
+    def add(self, cluster: int, found: bytes | None) -> None:
+        """Add the hash of a data cluster that is sent, in order; None: all zeroes.
+
+        Those that are left out count as zeroes.
 
         Raises:
-            IntegrityError: they go backwards or aren't in a data cluster.
+            IntegrityError: they go backwards or one is no data cluster.
         """
-        whole = memoryview(view)
-        end = guest_offset + len(whole)
-        if guest_offset < self._at:
+        offset = cluster << self._bits
+        if offset < self._at:
             raise IntegrityError(
-                f"digest: bytes at {guest_offset} come after those up to {self._at}"
+                f"digest: bytes at {offset} come after those up to {self._at}"
             )
-        self._pass(guest_offset)
-        at = guest_offset
-        while at < end:
+        run = self._run
+        if run is None or run.end <= offset or self._at != offset:
+            self._pass(offset)
             run = self._run
-            if run is None or run.kind is not Kind.DATA or run.offset > at:
-                raise IntegrityError(f"digest: byte {at} is in no data cluster")
-            part = min(end, run.end) - at
-            low = at - guest_offset
-            self._hasher.add(at, part, Kind.DATA, whole[low : low + part])
-            at += part
-            self._at = at
-            if at == run.end:
-                self._run = next(self._runs, None)
+        if run is None or run.kind is not Kind.DATA or run.offset > offset:
+            raise IntegrityError(f"digest: byte {offset} is in no data cluster")
+        end = min(offset + (1 << self._bits), run.end)
+        length = end - offset
+        self._hasher.add_cluster(offset, length, found or hash_of_zeroes(length))
+        self._at = end
+        if end == run.end:
+            self._run = next(self._runs, None)
 
     def _pass(self, offset: int) -> None:
         """Take what lies before ``offset`` as the map has it, data as zeroes."""
@@ -247,7 +291,7 @@ class DigestVerifier:
 
         Args:
             version: of the digests, where there is no sidecar to tell: the
-                manifest's own, up to 2.
+                manifest's own.
 
         Raises:
             IntegrityError: the sidecar isn't one.
@@ -256,7 +300,8 @@ class DigestVerifier:
             _check_head(sidecar)
             version = sidecar[4]
         self._name = name
-        self._version = min(version, VERSION)
+        # With manifests of version 3 the digests were still those of version 2.
+        self._version = VERSION if version >= VERSION else min(version, 2)
         self._sidecar = sidecar
         self._expected = None if sidecar is None else chunks(sidecar)
         self._hasher: _Hasher | None = None

@@ -16,7 +16,9 @@ is *unknown*, and unknown is never "unchanged". The format::
     BLAKE3 over all that, keyed                              32 bytes
 
 The count's highest bit marks a run of zero clusters, which has no digests. The digests
-are keyed as well: who reads the files learns nothing about what a disk holds. A file
+are keyed as well: who reads the files learns nothing about what a disk holds. They are
+taken over the cluster's BLAKE3-256, see :mod:`pveplug.images.clusterhash` (in version 1
+over its bytes; such a file is not read: the disk is sent whole once). A file
 names its parent *and* the parent's last 32 bytes, so that another file cannot take the
 place of one in the row. It costs 16 bytes per 64 KiB, on disk; in memory a
 row is looked at through a window that moves over the disk once.
@@ -38,6 +40,7 @@ from typing import Any, Final, Protocol
 from blake3 import blake3
 
 from pveplug.errors import IntegrityError
+from pveplug.images.clusterhash import ClusterCutter
 from pveplug.images.clusters import MAX_SIZE, ClusterMap, set_runs
 from pveplug.units import CLUSTER, KiB, MiB
 
@@ -56,12 +59,11 @@ DATA: Final = 2
 _BITS: Final = CLUSTER.bit_length() - 1
 _HEAD: Final = struct.Struct(">4sBBHI")
 _MAGIC: Final = b"PHLD"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAX_HEADER: Final = 16 * KiB
 _RUN: Final = struct.Struct(">II")
 _ZERO_RUN: Final = 1 << 31
 _MAX_RUN: Final = 4096  # data clusters in one run: 64 KiB of digests
-_NOUGHT: Final = bytes(CLUSTER)
 _NOT_ZERO: Final = re.compile(rb"[^\x01]+")
 _ALIKE: Final = re.compile(rb"\x00+|\x01+|\x02+")
 
@@ -91,6 +93,10 @@ class Keys:
         return cls(
             derived(b"leaf", KEY), derived(b"file", KEY), derived(b"name", 8).hex()
         )
+
+    def leaf_of(self, found: bytes) -> bytes:
+        """Return the digest of a leaf, from its cluster's hash."""
+        return blake3(found, key=self.leaf).digest(DIGEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +195,8 @@ class Cutter:
     """Cuts a disk's bytes, as they come in order, into leaves."""
 
     def __init__(self, size: int, keys: Keys) -> None:
-        self._size = size
-        self._key = keys.leaf
-        self._part = bytearray()  # of a leaf that came in several pieces
-        self._part_at = 0  # where the next piece must begin
+        self._clusters = ClusterCutter(size)
+        self._keys = keys
 
     def take(
         self, offset: int, buffer: bytearray, start: int, length: int
@@ -205,34 +209,8 @@ class Cutter:
         Raises:
             IntegrityError: a leaf doesn't go on where it was left.
         """
-        view = memoryview(buffer)
-        end = start + length
-        while start < end:
-            leaf = offset - offset % CLUSTER
-            whole = min(CLUSTER, self._size - leaf)
-            step = min(leaf + whole - offset, end - start)
-            if step == whole:
-                if self._part:
-                    raise IntegrityError(f"a leaf was left at byte {self._part_at}")
-                if buffer.startswith(
-                    _NOUGHT if whole == CLUSTER else _NOUGHT[:whole],
-                    start,
-                    start + whole,
-                ):
-                    yield leaf >> _BITS, None
-                else:
-                    digest = blake3(view[start : start + whole], key=self._key)
-                    yield leaf >> _BITS, digest.digest(DIGEST)
-            else:
-                if offset != (self._part_at if self._part else leaf):
-                    raise IntegrityError(f"a leaf has no bytes before {offset}")
-                self._part += view[start : start + step]
-                self._part_at = offset + step
-                if len(self._part) == whole:
-                    part, self._part = self._part, bytearray()
-                    yield from self.take(leaf, part, 0, whole)
-            offset += step
-            start += step
+        for cluster, found in self._clusters.take(offset, buffer, start, length):
+            yield cluster, None if found is None else self._keys.leaf_of(found)
 
 
 class RunWriter:
@@ -254,6 +232,15 @@ class RunWriter:
 
     def data(self, first: int, digests: bytes | bytearray) -> None:
         """Add data clusters from ``first`` on."""
+        if (
+            len(digests) == DIGEST
+            and first == self._first + self._count
+            and 0 < self._count < _MAX_RUN
+            and not self._zero
+        ):  # the next one, as nearly always while an image is sent
+            self._digests += digests
+            self._count += 1
+            return
         at = 0
         while at < len(digests):
             room = _MAX_RUN - self._count
@@ -298,25 +285,21 @@ class LeafWriter:
     ) -> None:
         """Begin with the map that the image's writer has; it must not change."""
         self._runs = RunWriter(header, keys, write)
-        self._cutter = Cutter(clusters.size, keys)
+        self._keys = keys
         self._zeroes = set_runs(clusters.zero, 0, clusters.clusters)
         self._zero = next(self._zeroes, None)
         self._end = clusters.clusters
         self._missing = clusters.counts()[0]
 
-    def take(self, offset: int, buffer: bytearray, start: int, length: int) -> None:
-        """Add bytes of data clusters, in order, as they are sent.
-
-        Raises:
-            IntegrityError: a part of a cluster is missing.
-        """
-        for cluster, digest in self._cutter.take(offset, buffer, start, length):
+    def add(self, cluster: int, found: bytes | None) -> None:
+        """Add the hash of a data cluster, in order, as it is sent; None for zeroes."""
+        if self._zero is not None and self._zero[0] < cluster:
             self._pass(cluster)
-            self._missing -= 1
-            if digest is None:
-                self._runs.zeroes(cluster, 1)
-            else:
-                self._runs.data(cluster, digest)
+        self._missing -= 1
+        if found is None:
+            self._runs.zeroes(cluster, 1)
+        else:
+            self._runs.data(cluster, self._keys.leaf_of(found))
 
     def _pass(self, cluster: int) -> None:
         while self._zero is not None and self._zero[0] < cluster:

@@ -24,8 +24,9 @@ from blake3 import blake3
 from pveplug.errors import IntegrityError
 from pveplug.images.clusters import MAX_SIZE
 
-VERSION: Final = 3
-"""2: ends with ``self``; its digests cover zero clusters too. 3: has ``edges``."""
+VERSION: Final = 4
+"""2: ends with ``self``; its digests cover zero clusters too. 3: has ``edges``. 4: its
+digests are made of those of clusters."""
 PREFIX: Final = "/@proxmox"
 MAX_JSON: Final = 16 * 1024 * 1024
 """A PVE configuration is at most 1 MiB; more than this is not one of ours."""

@@ -191,8 +191,8 @@ class Keeper:
                 pass
             case "migrate":
                 self._migrate = True
-                self._again_s = 0.0
-                self._trouble = ""
+                self._again_s = self._asked_s = 0.0
+                self._trouble = self._stopped = ""
             case "release":
                 for device in self._devices.values():
                     device.release()
@@ -291,7 +291,9 @@ class Keeper:
     async def _look_whether_stopped(self) -> None:
         """See to a guest that an I/O error has stopped (rerror and werror are stop)."""
         vmid = self._record.vmid
-        if self._local.vm_running(vmid) is None:
+        paused = pausing.why_paused(self._recovery)
+        if paused or self._local.vm_running(vmid) is None:
+            # Pausing waits, with all of QEMU, for reads under way: nobody is answered.
             self._stopped = ""
             return
         try:
@@ -307,7 +309,7 @@ class Keeper:
                 "Nothing is lost. Remedy: make room on the storage of its overlays, "
                 f"then qm resume {vmid}"
             )
-        elif not pausing.why_paused(self._recovery):
+        else:
             # Reads failed, as their link was away for longer than QEMU waits. It is
             # back; what failed is done again.
             log.warning("ir-stopped vm=%s goes on", vmid)

@@ -12,6 +12,7 @@ import pytest
 from pveplug.compare import compare
 from pveplug.diskstream import DiskStream, Progress, RateLimit, give_back_unread, scan
 from pveplug.errors import IntegrityError, NbdError
+from pveplug.images.clusterhash import ClusterCutter
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.leaves import Header, Keys, LeafWriter, RunReader
 from pveplug.images.manifest import backing_name
@@ -36,7 +37,8 @@ def digests_of(disk: bytearray) -> bytes:
     header = Header("v", "c", "scsi0", "F1", "F", len(disk), 0, KEYS.name)
     out = io.BytesIO()
     writer = LeafWriter(header, clusters, KEYS, out.write)
-    writer.take(0, disk, 0, len(disk))
+    for cluster, found in ClusterCutter(len(disk)).take(0, disk, 0, len(disk)):
+        writer.add(cluster, found)
     writer.finish()
     return out.getvalue()
 

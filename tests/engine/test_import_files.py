@@ -207,6 +207,20 @@ async def test_a_descriptor_beside_none_of_two_extents_is_refused(vm: Vm) -> Non
         await give(files, "meta/web.vmdk", descriptor(ONE))
 
 
+async def test_an_extent_belongs_to_the_descriptor_of_its_folder(vm: Vm) -> None:
+    files = files_of(vm)
+    for folder in ("ds1", "ds2"):
+        await give(files, f"{folder}/web.vmdk", descriptor(ONE))
+    for number, folder in ((2, "ds2"), (1, "ds1")):
+        await give(files, f"{folder}/web-flat.vmdk", flat(number))
+    files.all_came()
+    found = {name: bytes(disk.told.disk) for name, disk in vm.disks.items()}
+    assert found == {
+        "/@vsphere/web/ds1/web.vmdk": flat(1),
+        "/@vsphere/web/ds2/web.vmdk": flat(2),
+    }
+
+
 async def test_extents_that_did_not_come_are_named(vm: Vm) -> None:
     files = files_of(vm)
     await give(files, "web.vmdk", descriptor(ONE))

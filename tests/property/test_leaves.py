@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pveplug.errors import IntegrityError
 from pveplug.extents import Kind
+from pveplug.images.clusterhash import ClusterCutter
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.leaves import (
     Header,
@@ -76,11 +77,14 @@ def written(image: Made, header: Header, *, piece: int = CLUSTER) -> bytes:
         clusters.mark_range(at, min(CLUSTER, image.size - at), kind)
     out = io.BytesIO()
     writer = LeafWriter(header, clusters, KEYS, out.write)
+    cutter = ClusterCutter(image.size)
     disk = b"".join(content(letter, CLUSTER) for letter in image.clusters)
     for run in clusters.data_runs():
         for at in range(run.offset, run.end, piece):
             length = min(piece, run.end - at)
-            writer.take(at, bytearray(b"xy" + disk[at : at + length]), 2, length)
+            data = bytearray(b"xy" + disk[at : at + length])
+            for cluster, found in cutter.take(at, data, 2, length):
+                writer.add(cluster, found)
     writer.finish()
     return out.getvalue()
 
@@ -232,6 +236,6 @@ def test_a_file_made_with_another_key_is_told_as_such() -> None:
 def test_an_image_that_was_not_sent_to_its_end_has_no_file() -> None:
     clusters = ClusterMap.all_data(3 * CLUSTER)
     writer = LeafWriter(row_header(3 * CLUSTER), clusters, KEYS, lambda _: None)
-    writer.take(0, bytearray(b"a" * CLUSTER), 0, CLUSTER)
+    writer.add(0, bytes(32))
     with pytest.raises(IntegrityError, match="2 clusters have no digest"):
         writer.finish()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pveplug.images.chain import encode_objects
+from pveplug.images.clusterhash import ClusterCutter
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
 from pveplug.images.edges import EdgesWriter
@@ -192,6 +193,9 @@ def _content(
 
 def _digests(clusters: ClusterMap, disk: bytes, overlay: bool) -> tuple[bytes, str]:
     writer = DigestWriter(clusters, overlay=overlay)
+    cutter = ClusterCutter(clusters.size)
     for run in clusters.data_runs():
-        writer.update(run.offset, disk[run.offset : run.end])
+        data = bytearray(disk[run.offset : run.end])
+        for number, found in cutter.take(run.offset, data, 0, len(data)):
+            writer.add(number, found)
     return writer.finish()

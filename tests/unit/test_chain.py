@@ -291,7 +291,7 @@ def test_a_manifest_comes_back_from_json():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 4}, "restore with a newer one"),
+        ({"version": 5}, "restore with a newer one"),
         ({"version": 2}, "version 2 has no edges"),
         ({"edges": "0" * 31}, "impossible edges"),
         ({"version": None}, "without a version"),

@@ -30,13 +30,15 @@ def test_a_digest_covers_the_data_and_the_kinds():
     clusters.mark(Extent(3 * MiB, 512, Kind.DATA))
     for overlay, letter in ((True, "z"), (False, ".")):
         writer = DigestWriter(clusters, overlay=overlay)
-        writer.update(C, b"x" * 512)
-        writer.update(3 * MiB, b"y" * 512)
+        first = blake3(b"x" * 512 + bytes(C - 512)).digest()
+        last = blake3(b"y" * 512).digest()
+        writer.add(1, first)
+        writer.add(3 * MiB // C, last)
         sidecar, root = writer.finish()
         kinds = f".d.{letter}".ljust(16, ".").encode()
         assert dict(chunks(sidecar)) == {
-            0: blake3(b"x" * 512 + bytes(C - 512) + kinds).digest(16),
-            3: blake3(b"y" * 512 + b"d").digest(16),
+            0: blake3(first + kinds).digest(16),
+            3: blake3(last + b"d").digest(16),
         }
         assert root == root_of(sidecar)
 
@@ -53,17 +55,15 @@ def test_a_full_disk_costs_16_bytes_per_mib():
     assert len(sidecar) == 16 + 8 + 1024 * 16 + 16
 
 
-def test_bytes_outside_data_clusters_or_out_of_order_are_refused():
+def test_clusters_without_data_or_out_of_order_are_refused():
     clusters = ClusterMap(4 * C)
     clusters.mark(Extent(0, 2 * C, Kind.DATA))
     writer = DigestWriter(clusters, overlay=True)
-    writer.update(C, b"x")
+    writer.add(1, bytes(32))
     with pytest.raises(IntegrityError, match="come after"):
-        writer.update(0, b"x")
+        writer.add(0, bytes(32))
     with pytest.raises(IntegrityError, match="in no data cluster"):
-        writer.update(2 * C, b"x")
-    with pytest.raises(IntegrityError, match="in no data cluster"):
-        DigestWriter(clusters, overlay=True).update(2 * C - 1, b"xx")
+        writer.add(2, bytes(32))
 
 
 def events(*data):
@@ -128,16 +128,31 @@ def test_a_zero_cluster_that_is_lost_or_moved_is_found_far_from_any_data():
             compare(good, _run(DigestVerifier(), wrong)[0])
 
 
-def test_digests_of_version_1_are_still_compared():
+@pytest.mark.parametrize("version", [1, 2])
+def test_digests_of_older_versions_are_still_compared(version):
     told = events((0, b"a" * C), (5 * MiB, b"b" * C))
-    old = DigestVerifier(version=1)
+    old = DigestVerifier(version=version)
     old.receive(told)
     sidecar, root = old.finish()
-    assert sidecar[4] == 1
+    assert sidecar[4] == version
     assert root == root_of(sidecar)
+    assert dict(chunks(sidecar))[0] == blake3(b"a" * C + b"d" + b"." * 15).digest(16)
     assert _run(DigestVerifier(sidecar), told) == (sidecar, root)
     with pytest.raises(IntegrityError, match="MiB 5"):
         _run(DigestVerifier(sidecar), events((0, b"a" * C), (5 * MiB, b"B" * C)))
+
+
+def test_manifests_of_version_3_have_digests_of_version_2():
+    verifiers = [DigestVerifier(version=version) for version in (2, 3)]
+    for verifier in verifiers:
+        verifier.receive(events((0, b"a" * C)))
+    assert verifiers[0].finish() == verifiers[1].finish()
+
+
+def test_a_cluster_in_pieces_has_the_digest_of_the_whole():
+    whole = sidecar_of((0, b"a" * C + b"b" * C))
+    parts = ((0, b"a" * 7), (7, b"a" * (C - 7) + b"b" * 9), (C + 9, b"b" * (C - 9)))
+    assert sidecar_of(*parts) == whole
 
 
 def test_a_damaged_sidecar_is_refused():

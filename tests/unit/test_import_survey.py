@@ -210,6 +210,29 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         survey([tmp_path / "none.vmdk"])
 
 
+def test_extents_belong_to_the_descriptor_beside_them(tmp_path: Path) -> None:
+    """Whatever they begin with: the second holds the middle of a disk."""
+    given = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        lines = ["# Disk DescriptorFile", "version=1", "CID=1234abcd"]
+        lines += ["parentCID=ffffffff", 'createType="twoGbMaxExtentFlat"']
+        for number in (1, 2):
+            extent = folder / f"d-f00{number}.vmdk"
+            extent.write_bytes(bytes([number]) * SIZE)
+            given.append(extent)
+            lines.append(f'RW {SIZE // 512} FLAT "{extent.name}" 0')
+        text = folder / "d.vmdk"
+        text.write_text("\n".join(lines) + "\n")
+        given.append(text)
+    found = survey(given)
+    assert [[p.parent.name for p in c[0].paths] for c in found.disks] == [
+        ["a"] * 3,
+        ["b"] * 3,
+    ]
+    assert [chain[0].size for chain in found.disks] == [2 * SIZE] * 2
+
+
 def described(*files: str) -> GuestDescription:
     disks = [GuestDisk(n, Bus.SCSI, 0, n, file=file) for n, file in enumerate(files)]
     return GuestDescription("VMX web.vmx", disks=tuple(disks))

@@ -47,8 +47,7 @@ def keep(
     assert recording is not None
     for number, letter in enumerate(letters):
         if letter not in ".0":
-            content = bytearray(letter.encode() * CLUSTER)
-            recording.take(number * CLUSTER, content, 0, CLUSTER)
+            recording.add(number, blake3(letter.encode() * CLUSTER).digest())
     recording.keep()
     recording.drop()
     assert not recording.problem
@@ -68,8 +67,8 @@ def state(leaves: VmLeaves, job: str, size: int = SIZE) -> str:
 
 
 def digest(leaves: VmLeaves, letter: str) -> bytes:
-    content = letter.encode() * CLUSTER
-    return blake3(content, key=leaves.keys.leaf).digest(16)
+    cluster = blake3(letter.encode() * CLUSTER).digest()
+    return blake3(cluster, key=leaves.keys.leaf).digest(16)
 
 
 def reason(leaves: VmLeaves, job: str, size: int = SIZE) -> str:
@@ -180,7 +179,7 @@ def test_a_job_that_fails_leaves_no_file(leaves: VmLeaves) -> None:
         "scsi0", clusters, job="F1", level="F", parent=None, began=0
     )
     assert recording is not None
-    recording.take(0, bytearray(CLUSTER), 0, CLUSTER)
+    recording.add(0, None)
     assert len(list(leaves.folder.iterdir())) == 1
     recording.drop()
     assert not list(leaves.folder.iterdir())
@@ -194,7 +193,7 @@ def test_a_store_that_cannot_be_written_is_a_problem_of_its_own(
         "scsi0", ClusterMap.all_data(SIZE), job="F1", level="F", parent=None, began=0
     )
     assert recording is not None
-    recording.take(0, bytearray(CLUSTER), 0, CLUSTER)
+    recording.add(0, None)
     recording.keep()
     recording.drop()
     assert "Not a directory" in recording.problem or "exists" in recording.problem
