@@ -3,7 +3,7 @@
 
 PVE lets no token set or remove a ``lock:``, and its API neither resolves nor activates
 volumes. So this runs ``qm``, ``pvesm`` and ``lvchange``, each with a time limit, in the
-C locale, its output bounded, and turns what they say into one line with a remedy.
+C.UTF-8 locale, its output bounded, and turns what they say into one line with a remedy.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ _LVM: Final = re.compile(r"/([\w+.][\w+.\-]*)/([\w+.][\w+.\-]*)")
 _NOT_LVM: Final = frozenset(
     {"zvol", "rbd", "rbd-pve", "disk", "mapper", "shm", "pts", "block", "bus", "fd"}
 )
+_LOCALE: Final = "C.UTF-8"
+"""English, and not C: PVE decodes its arguments by the locale (get_options of
+PVE::JSONSchema), and notes with any other letter than ASCII's would be spoiled."""
 _VOLID: Final = re.compile(r"[A-Za-z][\w.\-]*:\S+|/\S+")
 
 
@@ -407,8 +410,9 @@ class PveLocal:
 async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) -> str:
     """Run a program to its end and return what it printed.
 
-    It gets no input, the C locale, a session of its own and the descriptors ``keep``.
-    When it takes too long or the caller is cancelled, its whole group is killed.
+    It gets no input, the C.UTF-8 locale, a session of its own and the descriptors
+    ``keep``. When it takes too long or the caller is cancelled, its whole group is
+    killed.
 
     Raises:
         ProgramError: it can't be started, failed, took too long or printed too much.
@@ -419,7 +423,7 @@ async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) ->
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C", "LANG": "C"},
+            env={**os.environ, "LC_ALL": _LOCALE, "LANG": _LOCALE},
             start_new_session=True,
             pass_fds=tuple(keep),
         )
@@ -480,7 +484,7 @@ async def run_long(
                 if output
                 else asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, "LC_ALL": "C", "LANG": "C"},
+                env={**os.environ, "LC_ALL": _LOCALE, "LANG": _LOCALE},
                 start_new_session=True,
                 pass_fds=tuple(keep),
             )
