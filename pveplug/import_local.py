@@ -15,9 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -26,20 +25,17 @@ from pveplug.config import ImportConfig
 from pveplug.diskstream import RateLimit
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.events import Reporter
-from pveplug.images import vmdk_wire
 from pveplug.images.detect import Format
 from pveplug.images.foreign_files import (
-    HEAD,
     MAX_DESCRIPTION,
     Role,
     kind_of,
     role_of,
 )
 from pveplug.images.lineage import Link, why_not
-from pveplug.images.vmdk_set import base_name
 from pveplug.import_files import Arrival, ForeignFiles, Progress
 from pveplug.import_vm import ImportVm
-from pveplug.importing import Found, one_image
+from pveplug.importing import Found, first_of, is_raw, one_image, parts_of
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
 from pveplug.tasks import first_failure
@@ -77,14 +73,13 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
         IntegrityError: an image is of a kind that isn't read, or of no chain.
     """
     found = Survey(stdin=STDIN in paths)
-    heads = {path: _head(path) for path in dict.fromkeys(paths) if path != STDIN}
-    extents = {path: _extents(path, head, heads) for path, head in heads.items()}
-    parts = {part for named in extents.values() for part in named}
+    heads = {path: first_of(path) for path in paths if path != STDIN}
+    parts = parts_of(heads)
     kinds: dict[Path, Format] = {}
     for path, head in heads.items():
-        if path in parts:
-            continue  # what an extent begins with tells nothing
-        trusted = any(fnmatchcase(path.name, pattern) for pattern in raw)
+        if path not in parts:
+            continue  # an extent: what it begins with tells nothing
+        trusted = is_raw(path, raw)
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
             if role is Role.DISK:
@@ -98,29 +93,9 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
             found.passed_over.append(path)
     if found.stdin and kinds:
         raise ConfigError("- (standard input) is one disk; give no other image")
-    images = [one_image((p, *extents[p]), kind) for p, kind in kinds.items()]
+    images = [one_image((p, *parts[p]), kind) for p, kind in kinds.items()]
     found.disks = _chains(images)
     return found
-
-
-def _extents(path: Path, head: bytes, given: Iterable[Path]) -> tuple[Path, ...]:
-    """Return a VMDK descriptor's extents that are given, beside it; else nothing.
-
-    Raises:
-        IntegrityError: it is a descriptor, and damaged.
-    """
-    if not vmdk_wire.is_descriptor(head):
-        return ()
-    with path.open("rb") as file:
-        text = vmdk_wire.parse_descriptor(file.read(vmdk_wire.MAX_DESCRIPTOR))
-    if isinstance(text, str):
-        raise IntegrityError(f"{path}: {text}")
-    names = {base_name(e.file or "").lower() for e in text.extents}
-    return tuple(
-        part
-        for part in given
-        if part.parent == path.parent and part != path and part.name.lower() in names
-    )
 
 
 def read_small(path: Path) -> bytes:
@@ -133,14 +108,6 @@ def read_small(path: Path) -> bytes:
         if path.stat().st_size > MAX_DESCRIPTION:
             raise ConfigError(f"{path} is longer than {human(MAX_DESCRIPTION)}")
         return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(HEAD)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
 
@@ -239,6 +206,7 @@ async def import_to_vm(
                             facts.st_size,
                             int(facts.st_mtime),
                             chain[-1].size if chain[-1].info.size else None,
+                            raw=image.kind is Format.RAW,
                         )
                         await files.receive(arrival, _pieces(path))
 

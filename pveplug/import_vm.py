@@ -339,13 +339,7 @@ class ImportVm:
         Raises:
             JobError: a disk isn't whole, or isn't what was read.
         """
-        if not self._volumes:
-            raise JobError(
-                "no disk came.",
-                vm=self.name,
-                phase="import",
-                remedy="select the VM's disks, too.",
-            )
+        self.check_all_came(files)
         self._volumes.sort(key=lambda volume: self._place(volume.disk.name))
         described = self._described(files)
         names = {volume.disk.name: volume for volume in self._volumes}
@@ -396,6 +390,21 @@ class ImportVm:
             JobError: it is damaged, or there are two.
         """
         self._described(files, quiet=True)
+
+    def check_all_came(self, files: Mapping[str, bytes]) -> None:
+        """Check what ``commit`` needs, while other VMs of the job can be taken back.
+
+        Raises:
+            JobError: there is no disk; what describes it is damaged, or there are two.
+        """
+        if not self._volumes:
+            raise JobError(
+                "no disk came.",
+                vm=self.name,
+                phase="import",
+                remedy="select the VM's disks, too.",
+            )
+        self.check(files)
 
     def _described(
         self, files: Mapping[str, bytes], *, quiet: bool = False

@@ -103,6 +103,7 @@ class RestoreForeign:
                 )
             for vm in self._vms.values():
                 vm.files.all_came()
+                vm.target.check_all_came(vm.files.descriptions)
             for vm in self._vms.values():
                 await vm.target.commit(vm.files.descriptions)
             await session.finish_done()

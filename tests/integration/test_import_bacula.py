@@ -244,6 +244,16 @@ async def test_what_cannot_be_right_fails_the_job_and_leaves_nothing(
         "unknown": [whole, {"file": f"{home}/d.rctdelta", "path": unknown}],
         "described": [whole, {"file": f"{home}/d.xml", "path": xml}],
         "no-disk": [{"file": f"{home}/d.xml", "path": xml}],
+        # Nothing is handed over of a good VM when another one can't be.
+        "other-vm": [
+            {**whole, "file": "/@hyperv/a/d.vmdk"},
+            {"file": "/@hyperv/b/d.xml", "path": xml},
+        ],
+        "other-described": [
+            {**whole, "file": "/@hyperv/a/d.vmdk"},
+            {**whole, "file": "/@hyperv/b/d.vmdk"},
+            {"file": "/@hyperv/b/d.xml", "path": xml},
+        ],
         "no-extent": [
             {"file": "/@vsphere/bad/f.vmdk", "path": descriptor_of(flat, tmp_path)}
         ],
@@ -254,6 +264,8 @@ async def test_what_cannot_be_right_fails_the_job_and_leaves_nothing(
         "unknown": "48 56 52 43 54 01",
         "described": "d.xml",
         "no-disk": "no disk came",
+        "other-vm": "VM b (import): no disk came",
+        "other-described": "d.xml",
         "no-extent": "did not come: f-flat.vmdk",
     }
     jobs = await sisters.back_up_each(cases)
