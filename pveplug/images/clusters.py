@@ -286,6 +286,11 @@ class ClusterMap:
 
     def _mark_zero(self, first: int, last: int) -> None:
         """Set ZERO in a range, except where there is DATA."""
+        if last == first + 1:  # the usual case of scattered holes
+            at, bit = first >> 3, 1 << (first & 7)
+            if not self.data[at] & bit:
+                self.zero[at] |= bit
+            return
         _fill(self.zero, first, last)
         for at in range(first >> 3, (last + 7) >> 3, _STEP):
             width = min(_STEP, ((last + 7) >> 3) - at)
