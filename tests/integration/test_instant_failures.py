@@ -411,8 +411,8 @@ async def test_a_vm_whose_data_is_not_what_was_stored_is_paused_and_never_goes_o
     on: Stage,
 ) -> None:
     world = on.world
-    # One small disk: bacula-fd takes two minutes to end a restore of which much is left,
-    # in the shutdown of its TLS session with a Storage Daemon that still sends.
+    # One small disk: bacula-fd takes two minutes to end a restore of which much is
+    # left, in the shutdown of its TLS session with a Storage Daemon that still sends.
     small = {"scsi0": noise(world.base / "small.raw", MIB, 3)}
     if world.site.find(101) is None:
         await world.site.create_vm(101, BARE, disks=small)
