@@ -131,6 +131,9 @@ static int new_plugin(struct bacula_ctx *ctx)
 
 static void clean_up_after(struct job *job)
 {
+    if (job->cleaned)
+        return;
+    job->cleaned = true;
     int error = child_detached(plugin.backend, "--cleanup", job->name);
     if (error != 0)
         say(job, plugin.dialect->warning,
@@ -596,6 +599,10 @@ static int plugin_io(struct bacula_ctx *ctx, struct io_pkt *io)
     if (s != NULL && io->pkt_size == sizeof *io && io->pkt_end == sizeof *io) {
         if (transfer(s, io))
             return RC_OK;
+        /* Not at the job's end: while much of the file is still to come, the daemon waits two
+         * minutes for its peers before it frees us. */
+        if (s->kind == KIND_RESTORE && s->child.ended && s->job->name != NULL)
+            clean_up_after(s->job);
     } else if (s != NULL) {
         fail(s->job, "unexpected layout of an I/O packet (%d bytes).", io->pkt_size);
     }

@@ -52,6 +52,7 @@ struct job {
     int32_t next_object_index;
     bool failed; /* a FATAL message was raised by us */
     bool holds_restore_turn;
+    bool cleaned; /* what an unclean end leaves is being undone */
 };
 
 enum kind { KIND_NONE, KIND_BACKUP, KIND_ESTIMATE, KIND_RESTORE };

@@ -25,6 +25,7 @@ NAMES = (
     "dr",
     "ir",
     "ir_boot",
+    "foreign",
 )
 """Modules of this package with ``measure(*, small, rounds)``, in the rows' order."""
 

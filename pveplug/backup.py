@@ -22,7 +22,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from pveplug import __version__
@@ -43,7 +42,7 @@ from pveplug.errors import JobError, NbdError, PveplugError, TransportError
 from pveplug.guestlatency import keep_pace
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
-from pveplug.images.edges import Edges, EdgesWriter, edge_ranges
+from pveplug.images.edges import Edges, EdgesWriter
 from pveplug.images.manifest import (
     CONFIG_FILE,
     EDGES_FILE,
@@ -318,14 +317,10 @@ class Backup:
         writer = EdgesWriter()
         for disk in disks:
             async with _named(opened, disk.source, "read"):
-                size = disk.clusters.size
-                writer.begin(disk.source.key, size)
-                read = partial(read_edges, disk.client, disk.clusters)
-                (_, head), *_ = edge_ranges(size, len(disks))
-                first = await read([(0, head)], writer, self._limit)
-                ranges = edge_ranges(size, len(disks), first)
-                rest = [(max(low, head), high) for low, high in ranges if high > head]
-                await read(rest, writer, self._limit)
+                writer.begin(disk.source.key, disk.clusters.size)
+                await read_edges(
+                    disk.client, disk.clusters, writer, self._limit, disks=len(disks)
+                )
         content = writer.finish()
         # What an image has there is what was put into the file, and nothing else.
         edges = Edges.decode(content)

@@ -8,7 +8,7 @@ import asyncio
 import datetime
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,8 @@ from pveplug.errors import (
     JobError,
     TransportError,
 )
-from pveplug.importing import Found, import_to_file, look
+from pveplug.import_out import import_to_file
+from pveplug.importing import Found, look
 from pveplug.node import Node, load_node
 from pveplug.pluginstring import quoted
 from pveplug.units import human
@@ -69,6 +70,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=("raw", "qcow2"), default="raw", help="of OUT [raw]"
     )
+    parser.add_argument(
+        "--raw",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this file is a raw disk though it begins like none",
+    )
     vm = parser.add_argument_group("with --to-vmid")
     vm.add_argument("--storage", metavar="S", help="storage for the disks")
     vm.add_argument(
@@ -91,13 +99,6 @@ def add_parser(commands: Any) -> None:
     vm.add_argument("--memory", metavar="MIB", help="memory, whatever is described")
     vm.add_argument(
         "--firmware", choices=("auto", "bios", "uefi"), help="what starts it [auto]"
-    )
-    vm.add_argument(
-        "--raw",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="this file is a raw disk though it begins like none",
     )
     vm.add_argument("--size", metavar="SIZE", help="of a raw disk on standard input")
     vm.add_argument(
@@ -134,13 +135,14 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.to_vmid is not None:
             return _to_vm(arguments, load_node())
-        chain = look(arguments.files)
+        chain = look(arguments.files, arguments.raw)
         if arguments.info:
             sys.stdout.write(described(chain))
             return EX_OK
         out: Path = arguments.to_file
-        written = asyncio.run(
-            import_to_file(chain, out, arguments.format, load_node(), _Lines())
+        node = load_node()
+        written = _until_signal(
+            lambda: import_to_file(chain, out, arguments.format, node, _Lines())
         )
     except (IntegrityError, DescriptionError) as error:
         sys.stderr.write(f"pveplug: {error}\n")
@@ -173,32 +175,41 @@ def _to_vm(arguments: argparse.Namespace, node: Node) -> int:
         say.info(f"{path} is not needed and was passed over")
     now = datetime.datetime.now(datetime.UTC)
     first = found.disks[0][0].paths[0].stem if found.disks else "imported"
+    vmid = _until_signal(
+        lambda: import_to_vm(
+            found,
+            config,
+            node,
+            f"pveplug-import.{now:%Y-%m-%d_%H.%M.%S}_00",
+            say,
+            name=arguments.name or first,
+            parallel=arguments.parallel,
+            stdin_size=size,
+        )
+    )
+    sys.stdout.write(f"VM {vmid}\n")
+    return EX_OK
+
+
+def _until_signal(job: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run a job to its end, or cancel it, which undoes it, at SIGTERM or SIGINT.
+
+    Raises:
+        TransportError: it was cancelled.
+    """
     import uvloop
 
     async def work() -> int:
-        made = asyncio.ensure_future(
-            import_to_vm(
-                found,
-                config,
-                node,
-                f"pveplug-import.{now:%Y-%m-%d_%H.%M.%S}_00",
-                say,
-                name=arguments.name or first,
-                parallel=arguments.parallel,
-                stdin_size=size,
-            )
-        )
+        made = asyncio.ensure_future(job())
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, made.cancel)
         return await made
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            vmid = runner.run(work())
+            return runner.run(work())
         except asyncio.CancelledError:
             raise TransportError("interrupted; what was made is undone") from None
-    sys.stdout.write(f"VM {vmid}\n")
-    return EX_OK
 
 
 def _words(arguments: argparse.Namespace) -> str:

@@ -118,6 +118,7 @@ async def _status(node: Node, only: int | None, *, as_json: bool) -> int:
             record = recovery.load()
         except PveplugError as error:
             notes.append(f"VM {vmid}: {error}")
+            shown.append({"vmid": vmid, "served": False, "trouble": str(error)})
             status = EX_TROUBLE
             continue
         if record is None:

@@ -26,7 +26,7 @@ from pveplug.errors import IntegrityError
 from pveplug.extents import Extent, Kind
 from pveplug.images.clusterhash import ClusterCutter
 from pveplug.images.clusters import ClusterMap
-from pveplug.images.edges import EdgeRun, EdgesWriter, without
+from pveplug.images.edges import EdgeRun, EdgesWriter, edge_ranges, without
 from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
 from pveplug.nbd.client import NbdClient
 from pveplug.nbd.source import OrderedReader, Slot, is_zero, mark
@@ -132,6 +132,29 @@ async def scan(client: NbdClient, *, context: str | None, known: int) -> Cluster
 
 
 async def read_edges(
+    client: NbdClient,
+    clusters: ClusterMap,
+    writer: EdgesWriter,
+    limit: RateLimit,
+    *,
+    disks: int,
+) -> None:
+    """Read the DATA clusters at the ends of a disk and its partitions, each once.
+
+    Args:
+        writer: has begun the disk.
+        disks: how many the VM has.
+
+    Raises: as :func:`read_ranges`.
+    """
+    (_, head), *_ = edge_ranges(clusters.size, disks)
+    first = await read_ranges(client, clusters, [(0, head)], writer, limit)
+    ranges = edge_ranges(clusters.size, disks, first)
+    rest = [(max(low, head), high) for low, high in ranges if high > head]
+    await read_ranges(client, clusters, rest, writer, limit)
+
+
+async def read_ranges(
     client: NbdClient,
     clusters: ClusterMap,
     ranges: Sequence[tuple[int, int]],

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +35,7 @@ from pveplug.images.stream import (
 from pveplug.nbd.client import Address, NbdClient, connect
 from pveplug.nbd.sink import NbdSink
 from pveplug.nbd.source import extents
+from pveplug.tasks import first_failure
 from pveplug.units import MiB, human
 
 PIECE: Final = 1 * MiB
@@ -167,62 +168,73 @@ class ImportDisk:
         else:
             self._digest = None
 
-    async def take(self, events: Iterable[Event]) -> None:
+    async def take(self, events: Sequence[Event]) -> None:
         """Write what a reader told.
 
         Raises:
             IntegrityError: it leaves something to a parent that isn't there.
             NbdError, TransportError: writing failed.
         """
-        for event in events:
-            match event:
-                case GuestData():
-                    self.counted.told += len(event.data)
-                    self.counted.data += len(event.data)
-                    await self._write(event)
-                case GuestZero():
-                    self.counted.told += event.length
-                    if self._overlays:
-                        await self._clear(event.offset, event.length)
-                case GuestParent():
-                    self.counted.told += event.length
-                    if not self._overlays:
-                        raise IntegrityError(
-                            f"{self._file} leaves {event.length} bytes at "
-                            f"{event.offset} to a parent, and names none"
-                        )
-                case ImageNote():
-                    self.notes.append(event.text)
-                case ImageEnd():
-                    self._info = event.info
-                case ImageInfo():
-                    pass
+        data = [
+            (e.offset, self._clipped(e)) for e in events if isinstance(e, GuestData)
+        ]
+        # Sums are made in a thread, while what they are of is written.
+        async with first_failure() as tasks:
+            if data and not self._overlays:
+                tasks.create_task(asyncio.to_thread(self._add_up, data), name="sums")
+            for event in events:
+                match event:
+                    case GuestData():
+                        self.counted.told += len(event.data)
+                        self.counted.data += len(event.data)
+                        await self._write(event.offset, self._clipped(event))
+                    case GuestZero():
+                        self.counted.told += event.length
+                        if self._overlays:
+                            await self._clear(event.offset, event.length)
+                    case GuestParent():
+                        self.counted.told += event.length
+                        if not self._overlays:
+                            raise IntegrityError(
+                                f"{self._file} leaves {event.length} bytes at "
+                                f"{event.offset} to a parent, and names none"
+                            )
+                    case ImageNote():
+                        self.notes.append(event.text)
+                    case ImageEnd():
+                        self._info = event.info
+                    case ImageInfo():
+                        pass
 
-    async def _write(self, event: GuestData) -> None:
-        data = event.data
-        end = event.offset + len(data)
-        if end > self.size:
-            if not self._clips:
-                raise IntegrityError(
-                    f"{self._file} has data at {event.offset} of a disk of "
-                    f"{self.size} bytes"
-                )
-            data = data[: max(self.size - event.offset, 0)]
-            if not data:
-                return
-        if self._sum is not None:
-            if self._overlays:
-                # Added once more, what was there is taken out of the sum again.
-                before = await self.client.read(event.offset, len(data))
-                self._sum.add(event.offset, before)
-            self._sum.add(event.offset, data)
-        if self._digest is not None:
-            if event.offset == self._digested:
-                self._digest.update(data)
-                self._digested = end
-            else:
-                self._digest = None
-        await self.sink.write(event.offset, data)
+    def _clipped(self, event: GuestData) -> memoryview:
+        """Return an event's bytes as far as the disk goes.
+
+        Raises:
+            IntegrityError: they go further, and should not.
+        """
+        room = max(self.size - event.offset, 0)
+        if len(event.data) > room and not self._clips:
+            raise IntegrityError(
+                f"{self._file} has data at {event.offset} of a disk of {self.size} "
+                "bytes"
+            )
+        return event.data[:room]
+
+    def _add_up(self, data: Sequence[tuple[int, memoryview]]) -> None:
+        """Keep the sums of a whole image's bytes."""
+        for offset, view in data:
+            if self._sum is not None:
+                self._sum.add(offset, view)
+            if self._digest is not None and offset == self._digested:
+                self._digest.update(view)
+                self._digested += len(view)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        if self._overlays and self._sum is not None:
+            # Added once more, what was there is taken out of the sum again.
+            self._sum.add(offset, await self.client.read(offset, len(data)))
+            self._sum.add(offset, data)
+        await self.sink.write(offset, data)
 
     async def _clear(self, offset: int, length: int) -> None:
         """Zero what an older image has there."""

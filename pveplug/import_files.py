@@ -61,17 +61,24 @@ class Arrival:
         size: in bytes, None where nobody says.
         mtime: seconds since 1970, 0 where nobody says.
         disk_size: bytes of the disk after all of its chain, where that is known.
+        raw: it was looked at and is a raw disk, whatever it begins with.
     """
 
     name: str
     size: int | None = None
     mtime: int = 0
     disk_size: int | None = None
+    raw: bool = False
 
     @property
     def file(self) -> str:
         """The last part of its name."""
         return base_name(self.name)
+
+    @property
+    def folder(self) -> str:
+        """What its name has before that, in lower case."""
+        return _folder(self.name.lower())
 
 
 class Progress:
@@ -168,7 +175,9 @@ class ForeignFiles:
         self._progress = progress
         self._say = say
         self._sets: list[_Set] = []
-        self._flat: dict[str, ImportDisk] = {}  # raw files, by their last name
+        self._flat: dict[str, ImportDisk] = {}  # raw files, by their whole name
+        self._called: dict[str, set[str]] = {}  # disks' files, by their last name
+        self._apart: dict[str, str] = {}  # extents that lie elsewhere -> descriptor
 
     async def receive(
         self, arrival: Arrival, pieces: AsyncIterator[memoryview]
@@ -212,15 +221,19 @@ class ForeignFiles:
         self, arrival: Arrival, batches: AsyncGenerator[Batch, None]
     ) -> None:
         first = await anext(batches)
-        owed = self._owed(arrival.file)
+        owed = self._owed(arrival)
         if owed is not None:
+            self._note_name(arrival)
             await self._extent(owed, arrival, first, batches)
             return
         head = bytes(first[:HEAD])
-        trusted = any(fnmatchcase(arrival.file, pattern) for pattern in self._raw)
+        trusted = arrival.raw or any(
+            fnmatchcase(arrival.file, pattern) for pattern in self._raw
+        )
         role = Role.DISK if trusted else role_of(arrival.file, head)
         if role is Role.DISK:
             kind = kind_of(arrival.file, head, arrival.size, trusted=trusted)
+            self._note_name(arrival)
             if kind is Format.VMDK_DESCRIPTOR:
                 await self._descriptor(arrival, first, batches)
             else:
@@ -274,7 +287,7 @@ class ForeignFiles:
                 await image.take(await asyncio.to_thread(reader.receive_eof))
             await image.end()
         if kind is Format.RAW and image.disk is not None:
-            self._flat[arrival.file.lower()] = image.disk
+            self._flat[arrival.name.lower()] = image.disk
 
     async def _descriptor(
         self, arrival: Arrival, first: Batch, batches: AsyncGenerator[Batch, None]
@@ -310,8 +323,14 @@ class ForeignFiles:
         found = vmdk_wire.parse_descriptor(text)
         if isinstance(found, str):
             return False  # VmdkSet says so
-        names = [base_name(e.file or "").lower() for e in found.extents]
-        early = [name for name in names if name in self._flat]
+        early: list[str] = []  # whole names
+        for extent in found.extents:
+            name = base_name(extent.file or "").lower()
+            called = [flat for flat in self._flat if base_name(flat) == name]
+            beside = [flat for flat in called if _folder(flat) == arrival.folder]
+            if called and not beside:
+                self._lies_apart(name, arrival.name)
+            early += beside or called
         if not early:
             return False
         disk = self._flat[early[0]]
@@ -323,15 +342,46 @@ class ForeignFiles:
             and found.parent is None
         )
         if not whole:
+            names = ", ".join(map(base_name, early))
             raise IntegrityError(
-                f"{arrival.file} came after {', '.join(early)}, which is a part of its "
+                f"{arrival.file} came after {names}, which is a part of its "
                 "disk; restore to files (where=/directory) and import those"
             )
         disk.adopt(ImageInfo("vmdk", found.create_type, found.size, 512, found.cid))
         return True
 
-    def _owed(self, file: str) -> _Set | None:
-        return next((s for s in self._sets if file.lower() in s.machine.missing), None)
+    def _owed(self, arrival: Arrival) -> _Set | None:
+        """Return the set that a file is an extent of: that in its folder, if any."""
+        name = arrival.file.lower()
+        asking = [s for s in self._sets if name in s.machine.missing]
+        beside = [s for s in asking if s.image.arrival.folder == arrival.folder]
+        if asking and not beside:
+            self._lies_apart(name, asking[0].image.arrival.name, arrival.name)
+        return next(iter(beside or asking), None)
+
+    def _note_name(self, arrival: Arrival) -> None:
+        """Note a disk's file; two of one name must each lie beside its descriptor."""
+        name = arrival.file.lower()
+        self._called.setdefault(name, set()).add(arrival.name.lower())
+        if name in self._apart:
+            self._lies_apart(name, self._apart[name], arrival.name)
+
+    def _lies_apart(self, name: str, descriptor: str, extent: str = "") -> None:
+        """Take an extent that isn't beside its descriptor, while no other has its name.
+
+        Raises:
+            IntegrityError: there are several.
+        """
+        self._apart[name] = descriptor
+        called = {*self._called.get(name, ()), *([extent.lower()] if extent else [])}
+        asking = [s for s in self._sets if name in s.machine.missing]
+        if len(called) > 1 or len(asking) > 1:
+            raise IntegrityError(
+                f"{extent or ' and '.join(sorted(called))} may belong to {descriptor} "
+                f"or not: several files are called {name}, and it lies beside neither. "
+                "Restore to files (where=/directory), put each beside its descriptor, "
+                "and import those"
+            )
 
     async def _extent(
         self,
@@ -392,6 +442,10 @@ async def _feed(
     await image.take(list(await asyncio.to_thread(receive, data)))
     while pending():
         await image.take(list(await asyncio.to_thread(receive, b"")))
+
+
+def _folder(name: str) -> str:
+    return name[: len(name) - len(base_name(name))]
 
 
 async def _drained(batches: AsyncIterator[Batch]) -> None:

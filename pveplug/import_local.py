@@ -17,7 +17,6 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -26,20 +25,17 @@ from pveplug.config import ImportConfig
 from pveplug.diskstream import RateLimit
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.events import Reporter
-from pveplug.images import vmdk_wire
 from pveplug.images.detect import Format
 from pveplug.images.foreign_files import (
-    HEAD,
     MAX_DESCRIPTION,
     Role,
     kind_of,
     role_of,
 )
 from pveplug.images.lineage import Link, why_not
-from pveplug.images.vmdk_set import base_name
 from pveplug.import_files import Arrival, ForeignFiles, Progress
 from pveplug.import_vm import ImportVm
-from pveplug.importing import Found, one_image
+from pveplug.importing import Found, first_of, is_raw, one_image, parts_of
 from pveplug.node import Node
 from pveplug.pve_local import PveLocal
 from pveplug.tasks import first_failure
@@ -76,11 +72,14 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
         ConfigError: a file can't be read.
         IntegrityError: an image is of a kind that isn't read, or of no chain.
     """
-    found = Survey()
+    found = Survey(stdin=STDIN in paths)
+    heads = {path: first_of(path) for path in paths if path != STDIN}
+    parts = parts_of(heads)
     kinds: dict[Path, Format] = {}
-    for path in dict.fromkeys(path for path in paths if path != STDIN):
-        head = _head(path)
-        trusted = any(fnmatchcase(path.name, pattern) for pattern in raw)
+    for path, head in heads.items():
+        if path not in parts:
+            continue  # an extent: what it begins with tells nothing
+        trusted = is_raw(path, raw)
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
             if role is Role.DISK:
@@ -92,10 +91,9 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
             found.descriptions[path.name] = read_small(path)
         elif role is Role.COMPANION:
             found.passed_over.append(path)
-    found.stdin = STDIN in paths
     if found.stdin and kinds:
         raise ConfigError("- (standard input) is one disk; give no other image")
-    images = [one_image(files, kind) for files, kind in _sets(kinds)]
+    images = [one_image((p, *parts[p]), kind) for p, kind in kinds.items()]
     found.disks = _chains(images)
     return found
 
@@ -112,32 +110,6 @@ def read_small(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(HEAD)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-
-
-def _sets(kinds: dict[Path, Format]) -> list[tuple[tuple[Path, ...], Format]]:
-    """Join each VMDK's descriptor with its extents."""
-    left = dict(kinds)
-    joined: dict[Path, tuple[Path, ...]] = {}
-    for path, kind in kinds.items():
-        if kind is not Format.VMDK_DESCRIPTOR:
-            continue
-        text = vmdk_wire.parse_descriptor(path.read_bytes()[: vmdk_wire.MAX_DESCRIPTOR])
-        if isinstance(text, str):
-            raise IntegrityError(f"{path}: {text}")
-        names = {base_name(e.file or "").lower() for e in text.extents}
-        extents = [p for p in left if p.name.lower() in names and p != path]
-        joined[path] = (path, *extents)
-        for extent in extents:
-            left.pop(extent, None)
-    return [(joined.get(path, (path,)), kind) for path, kind in left.items()]
 
 
 def _chains(images: Sequence[Found]) -> list[list[Found]]:
@@ -215,6 +187,7 @@ async def import_to_vm(
     async with api, contextlib.AsyncExitStack() as stack:
         await check_version(api, say)
         vm = ImportVm(name, config, node, api, PveLocal(node), job, say)
+        vm.order = [chain[0].name for chain in found.disks]
         stack.push_async_callback(vm.aclose)
         vm.check(found.descriptions)
         limit = RateLimit(config.common.bwlimit * KiB)
@@ -233,6 +206,7 @@ async def import_to_vm(
                             facts.st_size,
                             int(facts.st_mtime),
                             chain[-1].size if chain[-1].info.size else None,
+                            raw=image.kind is Format.RAW,
                         )
                         await files.receive(arrival, _pieces(path))
 

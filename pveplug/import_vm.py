@@ -18,7 +18,7 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -88,6 +88,8 @@ class ImportVm:
         say: Reporter,
     ) -> None:
         self.name = name
+        self.order: Sequence[str] = ()
+        """Names of first images, as their disks shall stand; else as they came."""
         self._config = config
         self._api = api
         self._job = job
@@ -241,6 +243,7 @@ class ImportVm:
     async def _make(
         self, file: str, info: ImageInfo, file_size: int | None, size: int | None
     ) -> ImportDisk:
+        known = size is not None
         if size is None:
             size = info.size if info.size is not None else _raw_size(file_size)
         if not size:
@@ -258,10 +261,10 @@ class ImportVm:
         async with self._making:
             if not self._volumes and not self.vmid:
                 await self.begin()
-            volume = await self._volume(file, size, info)
+            volume = await self._volume(file, size, clips=known)
         return volume.disk
 
-    async def _volume(self, file: str, size: int, info: ImageInfo) -> _Volume:
+    async def _volume(self, file: str, size: int, *, clips: bool) -> _Volume:
         storage = self._storages[self._config.common.storage or ""]
         form = self._format()
         disk = ImportDisk(
@@ -269,7 +272,7 @@ class ImportVm:
             size,
             zeroed=storage.type in ZEROED_STORAGES,
             verify=self._config.verify,
-            clips=info.size is not None and info.size > size,
+            clips=clips,
         )
         volume = _Volume(disk, form)
         used = [v.volid for v in self._volumes]
@@ -291,7 +294,7 @@ class ImportVm:
         await disk.open(address)
         return volume
 
-    async def take(self, disk: ImportDisk, events: Iterable[Event]) -> None:
+    async def take(self, disk: ImportDisk, events: Sequence[Event]) -> None:
         """Write what a reader told of the image that was begun on a disk.
 
         Raises:
@@ -336,13 +339,8 @@ class ImportVm:
         Raises:
             JobError: a disk isn't whole, or isn't what was read.
         """
-        if not self._volumes:
-            raise JobError(
-                "no disk came.",
-                vm=self.name,
-                phase="import",
-                remedy="select the VM's disks, too.",
-            )
+        self.check_all_came(files)
+        self._volumes.sort(key=lambda volume: self._place(volume.disk.name))
         described = self._described(files)
         names = {volume.disk.name: volume for volume in self._volumes}
         described, bound = bind(described, list(names), self._say)
@@ -365,7 +363,7 @@ class ImportVm:
             volume = names[bound[place.source_key]]
             params[place.key] = place.drive_value(volume.volid)
             places[volume.disk.name] = place.key
-        self._expect(plan.fresh)
+        await self._expect(plan.fresh)
         for text in await self._api.update_config(self._here, self.vmid, params):
             self._say.warning(f"VM {self.vmid}: {text}")
         # From here on the volumes are the VM's; nothing is taken back any more.
@@ -381,6 +379,10 @@ class ImportVm:
         if self._config.common.start_after:
             await self._start()
 
+    def _place(self, name: str) -> int:
+        known = name in self.order
+        return self.order.index(name) if known else len(self.order)
+
     def check(self, files: Mapping[str, bytes]) -> None:
         """Read the description before there is a VM, for what is wrong with it.
 
@@ -388,6 +390,21 @@ class ImportVm:
             JobError: it is damaged, or there are two.
         """
         self._described(files, quiet=True)
+
+    def check_all_came(self, files: Mapping[str, bytes]) -> None:
+        """Check what ``commit`` needs, while other VMs of the job can be taken back.
+
+        Raises:
+            JobError: there is no disk; what describes it is damaged, or there are two.
+        """
+        if not self._volumes:
+            raise JobError(
+                "no disk came.",
+                vm=self.name,
+                phase="import",
+                remedy="select the VM's disks, too.",
+            )
+        self.check(files)
 
     def _described(
         self, files: Mapping[str, bytes], *, quiet: bool = False
@@ -467,17 +484,23 @@ class ImportVm:
                 remedy="see the node's kernel log; name another restore_storage.",
             ) from error
 
-    def _expect(self, fresh: Mapping[str, str]) -> None:
-        """Note the volumes that PVE may make itself, should we be killed meanwhile."""
-        used = {volume.volid for volume in self._volumes}
-        for value in fresh.values():
-            storage = self._storages[value.partition(":")[0]]
-            for number in range(len(used) + len(fresh)):
-                name = f"vm-{self.vmid}-disk-{number}"
+    async def _expect(self, fresh: Mapping[str, str]) -> None:
+        """Note the volumes that PVE may make itself, should we be killed meanwhile.
+
+        What has such a name already is left over from another VM, and isn't ours.
+        """
+        expected = list(self._made.journal.entry.volumes)
+        for name in {value.partition(":")[0] for value in fresh.values()}:
+            storage = self._storages[name]
+            there = await self._api.volumes(self._here, name, vmid=self.vmid)
+            taken = {volume.volid for volume in there}
+            for number in range(len(there) + len(fresh)):
+                stem = f"vm-{self.vmid}-disk-{number}"
                 for suffix in ("", *(f".{form}" for form in formats_of(storage))):
-                    volid = volume_id(storage, self.vmid, name + suffix)
-                    if volid not in self._made.journal.entry.volumes:
-                        self._made.journal.add("volumes", volid)
+                    volid = volume_id(storage, self.vmid, stem + suffix)
+                    if volid not in taken and volid not in expected:
+                        expected.append(volid)
+        self._made.journal.note(volumes=expected)
 
     def _tell(self, plan: PvePlan) -> None:
         """Say what became of the description, and what to do next."""

@@ -24,8 +24,12 @@ from pveplug.pluginstring import where_string
 from pveplug.tasks import first_failure
 
 PREFIX: Final = "/@proxmox-proofs"
-_REPORT: Final = re.compile(r": report (/\S+)\.json$")
-_TELLING: Final = re.compile(r": ((?:prove VM|evidence|last screen|note:|report) .*)")
+_OURS: Final = r"^(?:(?!: (?:serial|screen): ).)*?: "
+"""What stands before our words, but for a guest's, which could say the same."""
+_REPORT: Final = re.compile(_OURS + r"report (/\S+)\.json$")
+_TELLING: Final = re.compile(
+    _OURS + r"((?:prove VM|evidence|last screen|note:|report) .*)"
+)
 _READS: Final = re.compile(r"Ready to read from volume|restoring to a VM")
 PATIENCE_S: Final = 180.0
 _MAX_FILE: Final = 8 * 1024 * 1024

@@ -3,7 +3,7 @@
 
 PVE lets no token set or remove a ``lock:``, and its API neither resolves nor activates
 volumes. So this runs ``qm``, ``pvesm`` and ``lvchange``, each with a time limit, in the
-C locale, its output bounded, and turns what they say into one line with a remedy.
+C.UTF-8 locale, its output bounded, and turns what they say into one line with a remedy.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ _MAX_FIREWALL: Final = 1024 * 1024
 """/etc/pve holds no larger file."""
 _QM_S: Final = 60.0
 _FREE_S: Final = 120.0
+_LOOK_S: Final = 0.5
 _LVM: Final = re.compile(r"/([\w+.][\w+.\-]*)/([\w+.][\w+.\-]*)")
 _NOT_LVM: Final = frozenset(
     {"zvol", "rbd", "rbd-pve", "disk", "mapper", "shm", "pts", "block", "bus", "fd"}
 )
+_LOCALE: Final = "C.UTF-8"
+"""English, and not C: PVE decodes its arguments by the locale (get_options of
+PVE::JSONSchema), and notes with any other letter than ASCII's would be spoiled."""
 _VOLID: Final = re.compile(r"[A-Za-z][\w.\-]*:\S+|/\S+")
 
 
@@ -287,6 +291,7 @@ class PveLocal:
         form: str | None = None,
         bwlimit: int = 0,
         on_line: Callable[[str], None] = lambda line: None,
+        output: Path | None = None,
     ) -> None:
         """Move a disk to another storage, online where the VM runs; the old one goes.
 
@@ -296,6 +301,7 @@ class PveLocal:
             form: image format; None: as it is, where the storage can.
             bwlimit: KiB/s, 0 is unlimited.
             on_line: is told each line that PVE prints, its progress.
+            output: a file for that; PVE then goes on when we are killed.
 
         Raises:
             ProgramError: the disk stays where it was.
@@ -305,7 +311,7 @@ class PveLocal:
             argv += ["--format", form]
         if bwlimit:
             argv += ["--bwlimit", str(bwlimit)]
-        await run_long(argv, on_line=on_line, keep=self._kept)
+        await run_long(argv, on_line=on_line, keep=self._kept, output=output)
 
     # --- files ---------------------------------------------------------------------
 
@@ -404,8 +410,9 @@ class PveLocal:
 async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) -> str:
     """Run a program to its end and return what it printed.
 
-    It gets no input, the C locale, a session of its own and the descriptors ``keep``.
-    When it takes too long or the caller is cancelled, its whole group is killed.
+    It gets no input, the C.UTF-8 locale, a session of its own and the descriptors
+    ``keep``. When it takes too long or the caller is cancelled, its whole group is
+    killed.
 
     Raises:
         ProgramError: it can't be started, failed, took too long or printed too much.
@@ -416,7 +423,7 @@ async def run(argv: list[str], *, timeout_s: float, keep: Sequence[int] = ()) ->
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C", "LANG": "C"},
+            env={**os.environ, "LC_ALL": _LOCALE, "LANG": _LOCALE},
             start_new_session=True,
             pass_fds=tuple(keep),
         )
@@ -457,31 +464,35 @@ async def run_long(
     on_line: Callable[[str], None],
     gentle_s: float = 60.0,
     keep: Sequence[int] = (),
+    output: Path | None = None,
 ) -> None:
     """Run a program that may take hours and tells how far it is.
 
     Cancelled, the program is asked to end (SIGTERM) and has ``gentle_s`` to undo what
-    it began. It inherits the descriptors ``keep``.
+    it began. It inherits the descriptors ``keep``. Where it prints to a file,
+    ``output``, it doesn't end when we are killed.
 
     Raises:
         ProgramError: it can't be started, or failed; the last lines say why.
     """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "LC_ALL": "C", "LANG": "C"},
-            start_new_session=True,
-            pass_fds=tuple(keep),
-        )
-    except OSError as error:
-        raise ProgramError(argv, 127, f"{error.strerror or error}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stack.enter_context(output.open("wb"))
+                if output
+                else asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, "LC_ALL": _LOCALE, "LANG": _LOCALE},
+                start_new_session=True,
+                pass_fds=tuple(keep),
+            )
+        except OSError as error:
+            raise ProgramError(argv, 127, f"{error.strerror or error}") from error
     last: deque[str] = deque(maxlen=20)
-    assert process.stdout is not None  # noqa: S101 - asked for above
     try:
-        while line := await _line(process.stdout):
+        async for line in _printed(process, output):
             text = line.decode("utf-8", "replace").strip()
             last.append(text)
             on_line(text)
@@ -491,6 +502,34 @@ async def run_long(
             await to_the_end(_ended(process, gentle_s))
     if status != 0:
         raise ProgramError(argv, status, "\n".join(last))
+
+
+async def _printed(
+    process: asyncio.subprocess.Process, output: Path | None
+) -> AsyncIterator[bytes]:
+    """Yield the lines of a program as they come, from a pipe or from a file."""
+    if process.stdout is not None:
+        while line := await _line(process.stdout):
+            yield line
+    if output is None:
+        return
+    with output.open("rb") as file:
+        rest = b""
+        while True:
+            over = process.returncode is not None
+            data = file.read(64 * 1024)
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                yield line
+            if data:
+                continue
+            if over:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await process.wait()
+        if rest:
+            yield rest
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -164,7 +164,14 @@ async def undo(
             functools.partial(local.deactivate, volid),
         )
     recovery = Recovery(node, vmid)
-    if entry.created and _was_handed_over(recovery, entry):
+    if entry.created and (unreadable := _why_unreadable(recovery)):
+        # It may be its user's already, and its disks need what has landed.
+        found.stays.append(
+            f"VM {vmid} stays, with all that has landed: whether it had been handed "
+            f"over isn't known. {unreadable}"
+        )
+        entry = dataclasses.replace(entry, created=False, volumes=[])
+    elif entry.created and _was_handed_over(recovery, entry):
         # Killed between the record, which decides, and the end of the journal.
         found.did.append(f"left VM {vmid} to its user: it had been handed over")
         entry = dataclasses.replace(entry, created=False, volumes=[])
@@ -341,13 +348,17 @@ async def _is_unfinished(local: PveLocal, entry: Entry, found: Undone) -> bool:
     return True
 
 
+def _why_unreadable(recovery: Recovery) -> str:
+    try:
+        recovery.load()
+    except IntegrityError as error:
+        return str(error)
+    return ""
+
+
 def _was_handed_over(recovery: Recovery, entry: Entry) -> bool:
     """Whether the VM of an instant recovery is its user's already."""
-    try:
-        record = recovery.load()
-    except IntegrityError:
-        log.warning("vm=%s: its recovery's record can't be read", entry.vmid)
-        return False
+    record = recovery.load()
     return record is not None and record.handed and record.uuid == entry.uuid
 
 

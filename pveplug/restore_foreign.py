@@ -103,6 +103,7 @@ class RestoreForeign:
                 )
             for vm in self._vms.values():
                 vm.files.all_came()
+                vm.target.check_all_came(vm.files.descriptions)
             for vm in self._vms.values():
                 await vm.target.commit(vm.files.descriptions)
             await session.finish_done()
@@ -128,7 +129,8 @@ class RestoreForeign:
             stack.push_async_callback(vm.target.aclose)
             stack.callback(vm.files.close)
         await file.accept("OK")
-        arrival = Arrival(str(name), file.size or None, file.mtime)
+        # Its time is the plug-in's word, not that of the file it was made from.
+        arrival = Arrival(str(name), file.size or None)
         await vm.files.receive(arrival, _without_holes(file))
         await file.done()
 

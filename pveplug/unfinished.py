@@ -21,7 +21,7 @@ from typing import Final
 
 from pveplug.errors import JobError, PveplugError
 from pveplug.events import Reporter
-from pveplug.journal import Journal, open_journal, own_vm
+from pveplug.journal import Entry, Journal, open_journal, own_vm
 from pveplug.node import Node
 from pveplug.proto.pve_refusal import PveRefusalError, Reason
 from pveplug.proto.pve_values import FILE_STORAGES, volume_id
@@ -67,6 +67,11 @@ class UnfinishedVm:
         if self._journal is None:
             raise JobError("the restore has not begun", phase="restore")
         return self._journal
+
+    @property
+    def entry(self) -> Entry | None:
+        """What the journal says; None: nothing is held, or it was handed over."""
+        return self._journal.entry if self._journal else None
 
     async def hold(self, vmid: int, job: str) -> None:
         """Take an id for this job; what a dead one left there is undone first.

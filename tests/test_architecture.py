@@ -32,7 +32,7 @@ REPOSITORY: Final = Path(__file__).resolve().parent.parent
 PACKAGE: Final = REPOSITORY / "pveplug"
 
 LAYERS: Final = {
-    "foundation": {"extents", "errors", "units", "events", "node"},
+    "foundation": {"extents", "errors", "units", "events", "node", "texts"},
     "proto": {"proto"},
     "images": {"images", "proving"},
     "describe": {"describe"},

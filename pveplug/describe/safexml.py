@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.parsers import expat
 
-from pveplug.describe.texts import known_encoding
 from pveplug.errors import DescriptionError
+from pveplug.texts import known_encoding
 from pveplug.units import MiB
 
 MAX_BYTES: Final = 4 * MiB

@@ -35,8 +35,8 @@ from pveplug.describe.guest import (
     reported,
 )
 from pveplug.describe.systems import family_of
-from pveplug.describe.texts import known_encoding
 from pveplug.errors import DescriptionError
+from pveplug.texts import known_encoding
 from pveplug.units import MiB
 
 MAX_BYTES: Final = 4 * MiB

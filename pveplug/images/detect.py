@@ -57,7 +57,16 @@ REFUSED: Final = (
     (b"\xbe\xba\xfe\xca", 0, "a VMware SESparse snapshot: consolidate it first"),
     (b"QED\0", 0, "a QED image: convert it to qcow2"),
     (b"\x7f\x10\xda\xbe", 64, "a VirtualBox VDI: export the VM as OVF"),
-    (b"LUKS\xba\xbe", 0, "a LUKS container: it is encrypted"),
+    (
+        *(b"LUKS\xba\xbe", 0),
+        "a LUKS container: it is encrypted (a guest's own disk? then name it in "
+        "import_raw or --raw)",
+    ),
+    (b"ustar", 257, "a tar archive (an OVA is one): unpack it, give what it holds"),
+    (b"PK\3\4", 0, "a zip archive: unpack it, give what it holds"),
+    (b"\x1f\x8b\x08", 0, "compressed with gzip: unpack it first"),
+    (b"\xfd7zXZ\0", 0, "compressed with xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", 0, "compressed with zstd: unpack it first"),
 )
 """Magic, where it stands, what to say."""
 

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from pveplug.errors import IntegrityError
 from pveplug.images.detect import FIRST, Format, detect
 from pveplug.images.increments import ADAPTERS
 from pveplug.images.vmdk_set import base_name
@@ -25,8 +26,8 @@ MAX_DESCRIPTION: Final = 16 * MiB
 _PREFIX: Final = re.compile(r"(?:^|/)@(vsphere|hyperv)(?=/)")
 _DESCRIPTIONS: Final = frozenset({"ovf", "vmx", "xml", "json", "ps1", "vmcx"})
 _COMPANIONS: Final = frozenset(
-    "bin cert hlog lck log mf mrt nvram psf rct scoreboard txt vmem vmgs vmrs vmsd "
-    "vmsn vmss vmxf vsv vswp".split()
+    "bin cert hlog lck log md5 mf mrt nvram psf rct scoreboard sha1 sha256 sha512 txt "
+    "vmem vmgs vmrs vmsd vmsn vmss vmxf vsv vswp".split()
 )
 """What lies beside a VM's disks and nothing is made of."""
 _RAW: Final = frozenset({"raw", "img", "dd", "vmdk", "vhd", "vhdx", "bin", ""})
@@ -121,7 +122,12 @@ def kind_of(
         IntegrityError: it is of a kind that isn't read, or of none that is known; the
             text has its first bytes and the names of what would be known.
     """
-    kind = detect(first[:FIRST])
+    try:
+        kind = detect(first[:FIRST])
+    except IntegrityError:
+        if not trusted:
+            raise
+        return Format.RAW  # a guest may have LUKS on its whole disk
     if kind is not Format.RAW or trusted:
         return kind
     whole = size is None or not size % _SECTOR

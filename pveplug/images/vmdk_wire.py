@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pveplug.images.stream import ParentLink
+from pveplug.texts import known_encoding
 from pveplug.units import SECTOR, MiB
 
 MAGIC: Final = b"KDMV"
@@ -207,10 +208,11 @@ def _text(data: bytes) -> str:
     named = re.search(
         rb'^[ \t]*encoding[ \t]*=[ \t]*"?([\w.-]{1,40})', data, re.M | re.I
     )
-    for encoding in (named[1].decode("ascii", "replace") if named else "", "utf-8"):
+    wanted = known_encoding(named[1].decode("ascii", "replace")) if named else None
+    for encoding in (wanted or "utf-8", "utf-8"):
         try:
             return data.decode(encoding)
-        except (LookupError, UnicodeDecodeError, ValueError):
+        except UnicodeError:
             continue
     return data.decode("latin-1")
 

@@ -27,6 +27,8 @@ START_S: Final = 60.0
 SYSTEMCTL_S: Final = 90.0
 POLL_S: Final = 0.1
 RETIRE_S: Final = 15.0
+BEGIN_S: Final = 5.0
+"""How long a keeper may take to be seen; then another is started."""
 MAX_LINE: Final = 64 * 1024
 
 
@@ -74,6 +76,8 @@ class State:
     @classmethod
     def parsed(cls, values: dict[str, Any]) -> State:
         """Return what :meth:`dump` gave."""
+        known = {each.name for each in dataclasses.fields(cls)}
+        values = {k: v for k, v in values.items() if k in known}  # of another version
         disks = [DiskState(**disk) for disk in values.pop("disks")]
         return cls(**values, disks=disks)
 
@@ -130,20 +134,22 @@ async def start_keeper(node: Node, recovery: Recovery) -> State:
     Raises:
         TransportError: it does not come up; where to look is named.
     """
-    if not recovery.kept():
-        recovery.make_runtime()
-        if node.keeper == "unit":
-            await _start_unit(node, recovery.vmid)
-        elif node.keeper == "child":
-            _start_child(recovery.vmid)
-        else:
-            raise ConfigError(
-                f"keeper={node.keeper} in node.toml: must be unit or child",
-                key="keeper",
-            )
+    if node.keeper not in ("unit", "child"):
+        raise ConfigError(
+            f"keeper={node.keeper} in node.toml: must be unit or child", key="keeper"
+        )
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_S
+    begun = -BEGIN_S
     while True:
+        # Again, too: the one that had the lock may just have been ending.
+        if not recovery.kept() and loop.time() - begun > BEGIN_S:
+            recovery.make_runtime()
+            if node.keeper == "unit":
+                await _start_unit(node, recovery.vmid)
+            else:
+                _start_child(recovery.vmid)
+            begun = loop.time()
         try:
             return await ask(recovery, "status")
         except TransportError as error:

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Final
 
 import uvloop
@@ -34,7 +35,7 @@ import uvloop
 from pveplug import log as own_log
 from pveplug import sdnotify
 from pveplug.cleanup import query_blocked
-from pveplug.errors import PveplugError
+from pveplug.errors import IntegrityError, JobError, PveplugError
 from pveplug.ir import pausing
 from pveplug.ir.control import MAX_LINE, DiskState, State, disable_unit
 from pveplug.ir.device import LandingDevice
@@ -48,7 +49,7 @@ from pveplug.nbd.server import NbdServer, serve
 from pveplug.node import Node, load_node
 from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
-from pveplug.vmconfig import Drive, drives
+from pveplug.vmconfig import Drive, drives, smbios_uuid
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,15 @@ _PASSES: Final = frozenset({Reason.LOCKED, Reason.BUSY})
 LOOK_S: Final = 30.0
 """How often to ask whether the VM is still there; each `qm` costs a second."""
 AGAIN_S: Final = 10.0
-"""How long after PVE was busy with the VM a move is tried again."""
+"""How long after PVE or QEMU was busy with the VM something is tried again."""
 STOPPED_LOOK_S: Final = 5.0
 """How often to ask QEMU whether an I/O error has stopped the guest."""
 LINKS_S: Final = 60.0
 """How long QEMU may keep a connection to a disk that has moved away."""
+
+
+class VmGoneForGoodError(PveplugError):
+    """The recovered VM was removed, and all that depended on us with it."""
 
 
 class _Served(LandingDevice):
@@ -110,7 +115,9 @@ class Keeper:
         self._devices: dict[str, _Served] = {}
         self._server: NbdServer | None = None
         self._migration: asyncio.Task[None] | None = None
-        self._migrate = record.auto_migrate and not record.prove
+        self._migrate = not record.prove and (
+            record.auto_migrate or recovery.migration_wanted()
+        )
         self._moving: dict[str, str] = {}
         self._moved: set[str] = set()
         self._trouble = ""
@@ -122,6 +129,15 @@ class Keeper:
         self._again_s = 0.0
         self._stopped = ""
         self._owed = -1
+        self._resumes = False
+        """Whether the VM is to go on after a pause of ours, and does not yet."""
+        self._resume_s = 0.0
+        self._pause_s = 0.0
+        self._damaged_run = ""
+        """The run of QEMU that was paused because its data is damaged."""
+        self._spoiled = ""
+        self._lost = ""
+        self._unproven = ""
 
     # --- serving ---------------------------------------------------------------------
 
@@ -190,10 +206,15 @@ class Keeper:
             case "status":
                 pass
             case "migrate":
+                self._recovery.want_migration()
                 self._migrate = True
-                self._again_s = 0.0
-                self._trouble = ""
+                self._again_s = self._asked_s = 0.0
+                self._trouble = self._stopped = ""
             case "release":
+                # A move holds the VM's configuration, and PVE could not stop it.
+                self._migrate = False
+                if self._migration is not None:
+                    self._migration.cancel()
                 for device in self._devices.values():
                     device.release()
             case "retire":
@@ -235,15 +256,36 @@ class Keeper:
 
     def _told(self) -> str:
         """Return what is wrong, the worst first."""
+        record = self._record
+        if record.damage:
+            return pausing.damaged(record.vmid, _sentence(record.damage))
         paused = pausing.why_paused(self._recovery)
-        return paused or self._stopped or self._trouble
+        if not any(landing.owed_bytes for landing in self._landings.values()):
+            paused = ""  # it goes on with the next look, or why not is told below
+        unproven = "" if self._recovery.fed() else self._unproven
+        return (
+            self._spoiled
+            or self._lost
+            or paused
+            or self._stopped
+            or self._trouble
+            or unproven
+        )
 
     # --- looking after it ------------------------------------------------------------
 
     async def _tick(self) -> None:
         now = asyncio.get_running_loop().time()
         fed = self._recovery.fed()
-        record = self._recovery.load()
+        try:
+            record = self._recovery.load()
+        except IntegrityError as error:
+            # Whatever has spoiled it: the guest reads on, for we know what it said.
+            if not self._spoiled:
+                log.warning("ir vm=%s: %s", self._record.vmid, error)
+            self._spoiled = str(error)
+            return
+        self._spoiled = ""
         if record is None:  # discarded
             self._over.set()
             return
@@ -253,45 +295,100 @@ class Keeper:
             self._recovery.remove()
             self._over.set()
             return
-        if record.handed and not record.damage:
+        if record.handed and record.damage:
+            await self._tick_damage(now)
+        elif record.handed:
             await self._tick_data(now)
+            self._unproven = self._why_unproven(fed)
             await self._tick_move(now)
         if record.started and now - self._asked_s > STOPPED_LOOK_S:
             self._asked_s = now
             await self._look_whether_stopped()
         if record.handed and now - self._looked_s > LOOK_S:
             self._looked_s = now
-            if await self._config() is None:
-                log.warning("ir-gone vm=%s", record.vmid)
-                self._recovery.remove()
-                self._over.set()
+            await self._look_whether_there()
 
     async def _tick_data(self, now: float) -> None:
         """Pause a VM whose data stays away; let it go on when that comes."""
         owed = sum(landing.owed_bytes for landing in self._landings.values())
         paused = bool(pausing.why_paused(self._recovery))
         if owed != self._owed:
-            if paused and (self._owed >= 0 or not owed):
-                await self._go_on()
+            self._resumes = paused and (self._owed >= 0 or not owed)
+            self._resume_s = now
             self._owed, self._seen_s = owed, now
-        elif owed and not paused and now - self._seen_s > self._record.timeout:
+        elif (
+            owed
+            and not paused
+            and now - self._seen_s > self._record.timeout
+            and now >= self._pause_s
+        ):
+            self._pause_s = now + AGAIN_S
             await self._pause(owed)
+        if self._resumes and now >= self._resume_s:
+            self._resume_s = now + AGAIN_S
+            self._resumes = not await self._go_on()
+
+    async def _tick_damage(self, now: float) -> None:
+        """Pause a VM whose data isn't what was stored, once in each run of QEMU.
+
+        The job that found it did so already, unless it was killed, or the node was
+        rebooted since. Who lets the guest go on in spite of it knows why.
+        """
+        process = self._local.vm_running(self._record.vmid)
+        if process is None or process.identity == self._damaged_run:
+            return
+        if now < self._pause_s:
+            return
+        self._pause_s = now + AGAIN_S
+        text = pausing.damaged(self._record.vmid, _sentence(self._record.damage))
+        if await self._quietly(self._pause_ours(text)):
+            self._damaged_run = process.identity
+
+    def _why_unproven(self, fed: bool) -> str:
+        """Return why what is all here isn't moved; empty: it is, or isn't all here."""
+        record = self._record
+        if self._owed or record.whole or record.prove or fed:
+            return ""
+        return (
+            "all of its data is here, but the job that brought it ended before all of "
+            "it had been compared with its digests. Remedy: run the restore of job "
+            f"{record.head} again; the disks are moved after that"
+        )
+
+    async def _look_whether_there(self) -> None:
+        try:
+            await self._vm()
+        except VmGoneForGoodError:
+            log.warning("ir-gone vm=%s", self._record.vmid)
+            self._recovery.remove()
+            self._over.set()
+        except JobError as error:
+            if str(error) != self._lost:
+                log.warning("ir vm=%s: %s", self._record.vmid, error)
+            self._lost = str(error)
+        except PveplugError as error:
+            log.warning("ir vm=%s: %s", self._record.vmid, error)
+        else:
+            self._lost = ""
 
     async def _tick_move(self, now: float) -> None:
         """Begin a migration, or see one to its end."""
-        if self._owed or not self._record.whole:
+        if self._owed or not self._record.whole or self._resumes:
             return
         if self._migration is not None and self._migration.done():
             done, self._migration = self._migration, None
             await self._after(done)
         elif self._migration is None and self._migrate and now >= self._again_s:
             self._migrate = False
+            self._trouble = ""
             self._migration = asyncio.create_task(self._move_all(), name="migration")
 
     async def _look_whether_stopped(self) -> None:
         """See to a guest that an I/O error has stopped (rerror and werror are stop)."""
         vmid = self._record.vmid
-        if self._local.vm_running(vmid) is None:
+        paused = pausing.why_paused(self._recovery)
+        if paused or self._local.vm_running(vmid) is None:
+            # Pausing waits, with all of QEMU, for reads under way: nobody is answered.
             self._stopped = ""
             return
         try:
@@ -307,11 +404,15 @@ class Keeper:
                 "Nothing is lost. Remedy: make room on the storage of its overlays, "
                 f"then qm resume {vmid}"
             )
-        elif not pausing.why_paused(self._recovery):
+        else:
             # Reads failed, as their link was away for longer than QEMU waits. It is
             # back; what failed is done again.
             log.warning("ir-stopped vm=%s goes on", vmid)
-            await self._quietly(pausing.resume(self._local, vmid))
+            await self._quietly(self._resume_ours())
+
+    async def _resume_ours(self) -> None:
+        await self._vm()
+        await pausing.resume(self._local, self._record.vmid)
 
     def _orphaned(self, record: Record, fed: bool, now: float) -> bool:
         """Whether nobody makes it any more, and nobody took it over."""
@@ -327,56 +428,140 @@ class Keeper:
         record = self._record
         log.warning("ir-paused vm=%s owed=%s", record.vmid, owed)
         text = pausing.late(record.vmid, owed, record.timeout, record.head)
-        await self._quietly(pausing.pause(self._local, self._recovery, text))
+        await self._quietly(self._pause_ours(text))
 
-    async def _go_on(self) -> None:
+    async def _pause_ours(self, text: str) -> None:
+        await self._vm()
+        await pausing.pause(self._local, self._recovery, text)
+
+    async def _go_on(self) -> bool:
+        """Let the guest go on after a pause of ours; whether it does."""
         vmid = self._record.vmid
         log.info("ir-resumed vm=%s", vmid)
         self._trouble = ""
         note = running_note(vmid, self._record.head)
-        await self._quietly(pausing.go_on(self._local, self._recovery, note))
 
-    async def _quietly(self, work: object) -> None:
-        """Await what must not end us when it fails; it is logged and told."""
+        async def go_on() -> None:
+            await self._vm()
+            await pausing.go_on(self._local, self._recovery)
+
+        went = await self._quietly(go_on())
+        if went:
+            await self._describe(note)
+        return went
+
+    async def _quietly(self, work: Awaitable[None]) -> bool:
+        """Await what must not end us when it fails; then that is logged and told."""
         try:
-            await work  # type: ignore[misc]
-        except PveplugError as error:
+            await work
+        except (PveplugError, OSError) as error:
             log.warning("ir vm=%s: %s", self._record.vmid, error)
             self._trouble = str(error)
+            return False
+        return True
 
-    async def _config(self) -> dict[str, str] | None:
-        """Return the VM's configuration; None: it is gone; {}: it can't be read."""
+    async def _describe(self, text: str) -> None:
+        """Write into the VM's notes; where PVE refuses, the log alone has it."""
         try:
-            return dict((await self._local.config(self._record.vmid)).values)
+            await pausing.describe(self._local, self._record.vmid, text)
+        except PveplugError as error:
+            log.warning("ir-notes vm=%s: %s", self._record.vmid, error)
+
+    async def _vm(self) -> dict[str, str]:
+        """Return the configuration of the VM, which is still the one we made.
+
+        Raises:
+            VmGoneForGoodError: it was removed, and its overlays with it.
+            JobError: its id is another VM's, or it isn't on this node; nothing of
+                it may be touched, and nothing that it may depend on removed.
+            ProgramError: it can't be read now.
+        """
+        record = self._record
+        try:
+            config = dict((await self._local.config(record.vmid)).values)
         except ProgramError as error:
-            if error.reason is Reason.VM_MISSING:
-                return None
-            log.warning("ir vm=%s: %s", self._record.vmid, error)
-            return {}
+            if error.reason is not Reason.VM_MISSING:
+                raise
+            left = [
+                disk.overlay
+                for disk in record.served
+                if disk.key not in self._moved
+                and await self._local.volume_exists(disk.overlay)
+            ]
+            if not left:
+                raise VmGoneForGoodError(f"VM {record.vmid} was removed") from None
+            raise JobError(
+                f"it is not on this node, but {', '.join(left)} is still there, with "
+                "what the guest wrote: its disks need this node until the recovery "
+                "has ended.",
+                vm=str(record.vmid),
+                phase="instant recovery",
+                remedy="migrate it back if another node has it; if it was removed, "
+                f"pveplug ir discard --vmid {record.vmid}.",
+            ) from None
+        if smbios_uuid(config) == record.uuid:
+            return config
+        raise JobError(
+            f"the VM that has this id now has another SMBIOS UUID than {record.uuid}, "
+            "which was given to the recovered one: nothing is done to it.",
+            vm=str(record.vmid),
+            phase="instant recovery",
+            remedy=f"if it is the recovered one, put that UUID back (qm set "
+            f"{record.vmid} --smbios1 uuid={record.uuid}); if it is another, remove "
+            f"{self._recovery.folder}, then end podheitor-proxmox-ir@{record.vmid}.",
+        )
 
     # --- moving away -----------------------------------------------------------------
 
     async def _moved_before(self) -> None:
         """Find out what an earlier keeper has moved."""
-        await self._quietly(clear_cut_move(self._node, self._local, self._recovery))
-        config = await self._config()
-        if not config:
+        try:
+            config = await self._vm()
+            await clear_cut_move(self._node, self._local, self._recovery)
+        except (PveplugError, OSError) as error:
+            # The look at it, or the next move, finds the same and tells.
+            log.warning("ir vm=%s: %s", self._record.vmid, error)
             return
-        there = {drive.key: drive.file for drive in drives(config)}
+        there = {drive.key for drive in drives(config)}
         for disk in self._record.served:
-            moved = there.get(disk.key, disk.overlay) != disk.overlay
-            if not moved and same_place(disk):
-                with contextlib.suppress(PveplugError, OSError):
-                    path = await self._local.volume_path(disk.overlay)
-                    moved = await asyncio.to_thread(stands_alone, path)
+            if attached(disk, config):
+                moved = await self._is_independent(disk)
+            else:
+                moved = disk.key in there
             if moved:
                 self._moved.add(disk.key)
+
+    async def _is_independent(self, disk: LandedDisk) -> bool:
+        """Whether a disk that stays where its overlay is has no backing file."""
+        if not same_place(disk):
+            return False
+        with contextlib.suppress(PveplugError, OSError):
+            path = await self._local.volume_path(disk.overlay)
+            return await asyncio.to_thread(stands_alone, path)
+        return False
 
     async def _move_all(self) -> None:
         for disk in self._record.served:
             if disk.key in self._moved:
                 continue
-            await self._move(disk)
+            config = await self._vm()
+            where = attached(disk, config)
+            if not where and not await self._local.volume_exists(disk.overlay):
+                log.warning("ir vm=%s %s was removed", self._record.vmid, disk.key)
+            elif not where or where.startswith("unused"):
+                raise JobError(
+                    f"its volume {disk.overlay} is not attached "
+                    f"({where or 'not in the configuration'}).",
+                    vm=str(self._record.vmid),
+                    disk=disk.key,
+                    phase="migrate",
+                    remedy=f"if {disk.key} is that disk, moved already, remove what is "
+                    "left of it; else attach it again; then pveplug ir migrate --vmid "
+                    f"{self._record.vmid}.",
+                )
+            else:
+                # Its user may have given it another place.
+                await self._move(dataclasses.replace(disk, key=where))
             self._moved.add(disk.key)
 
     async def _move(self, disk: LandedDisk) -> None:
@@ -421,21 +606,40 @@ class Keeper:
             f"mend that, then pveplug ir migrate --vmid {record.vmid}"
         )
         log.warning("ir-migration vm=%s: %s", record.vmid, error)
-        await self._quietly(pausing.describe(self._local, record.vmid, self._trouble))
+        await self._describe(self._trouble)
 
     async def _finish(self) -> None:
         """The VM stands on its own: take our traces away and end."""
         record = self._record
-        config = await self._config()
         self._trouble = ""
+        try:
+            config = await self._vm()
+        except VmGoneForGoodError:
+            config = {}
+        except PveplugError as error:
+            # Unknown isn't gone: what we would remove may be all the guest has.
+            self._finish_later(error)
+            return
+        for disk in record.served:
+            if attached(disk, config) and not await self._is_independent(disk):
+                self._moved.discard(disk.key)
+                self._finish_later(
+                    JobError(
+                        f"{disk.overlay} is attached as {attached(disk, config)} "
+                        "and still needs what has landed.",
+                        vm=str(record.vmid),
+                        disk=disk.key,
+                        phase="migrate",
+                    )
+                )
+                return
         if config:
             values, delete = finished(record, config)
-            await self._quietly(
-                self._local.set_values(record.vmid, values, delete=delete)
-            )
-            if self._trouble:
-                log.warning("ir-finish vm=%s: %s", record.vmid, self._trouble)
-                return  # told; `pveplug ir migrate` tries again
+            try:
+                await self._local.set_values(record.vmid, values, delete=delete)
+            except ProgramError as error:
+                self._finish_later(error)
+                return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + LINKS_S
         while loop.time() < deadline:
@@ -445,6 +649,28 @@ class Keeper:
         log.info("ir-done vm=%s", record.vmid)
         self._recovery.remove()
         self._over.set()
+
+    def _finish_later(self, error: PveplugError) -> None:
+        """Try the end again soon; told unless it is only that PVE has the VM."""
+        log.warning("ir-finish vm=%s: %s", self._record.vmid, error)
+        self._again_s = asyncio.get_running_loop().time() + AGAIN_S
+        self._migrate = True
+        if not (isinstance(error, ProgramError) and error.reason in _PASSES):
+            self._trouble = (
+                f"its disks have moved, but the recovery can't be ended yet: {error}. "
+                f"It is tried again every {AGAIN_S:.0f} s"
+            )
+
+
+def attached(disk: LandedDisk, config: Mapping[str, str]) -> str:
+    """Return where a VM has a disk's overlay, ``unusedN`` too; empty: nowhere."""
+    for drive in drives(config):
+        if drive.file == disk.overlay:
+            return drive.key
+    for key, value in config.items():
+        if key.startswith("unused") and value.partition(",")[0] == disk.overlay:
+            return key
+    return ""
 
 
 def finished(
@@ -462,8 +688,9 @@ def finished(
 
     put("description", without_note(config.get("description", "")))
     put("tags", untagged(config.get("tags", "")))
-    put("protection", record.notes.get("protection", ""))
-    put("onboot", record.notes.get("onboot", ""))
+    for key, ours in (("protection", "1"), ("onboot", "0")):
+        if config.get(key) == ours:  # else its user has changed it meanwhile
+            put(key, record.notes.get(key, ""))
     there = {drive.key: drive for drive in drives(config)}
     for disk in record.served:
         drive = there.get(disk.key)
@@ -474,11 +701,15 @@ def finished(
         options = tuple(
             (name, mine.get(name, value))
             for name, value in drive.options
-            if name not in ("rerror", "werror") or name in mine
+            if name not in ("rerror", "werror") or name in mine or value != "stop"
         )
         if options != drive.options:
             values[disk.key] = Drive(disk.key, drive.file, options).render()
     return values, delete
+
+
+def _sentence(text: str) -> str:
+    return text.rstrip(".") + "."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

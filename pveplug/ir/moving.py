@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moving a disk to its storage by PVE, so that a cut move can be made again.
 
-What PVE was asked for is written down before, in the recovery's folder: a keeper that
-is killed takes ``qm`` with it (its output has no reader any more), and that leaves a
-mirror job in QEMU and a volume nobody uses. The next keeper takes both away first.
+A keeper that is killed must not take ``qm`` with it: killed after QEMU has switched to
+the new volume, PVE's configuration would still name the old one, and the next start
+would lose what was written between. So ``qm`` prints to a file, holds a lock, and the
+next keeper waits for it. Where ``qm`` died, too, it leaves a mirror job in QEMU and a
+volume nobody uses; what was asked for is written down before, and both are taken away.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 INTENT: Final = "moving.json"
 LOCK: Final = "move.lock"
+OUTPUT: Final = "move.log"
 POLL_S: Final = 0.5
 JOB_END_S: Final = 60.0
 
@@ -68,6 +71,7 @@ async def move(
                 form=disk.form,
                 bwlimit=bwlimit,
                 on_line=on_line,
+                output=recovery.folder / OUTPUT,
             )
         _forget(recovery)
 

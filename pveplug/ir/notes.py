@@ -19,11 +19,16 @@ MAX_DESCRIPTION: Final = 8 * 1024
 
 
 def noted(description: str, text: str) -> str:
-    """Return the description with ``text`` as our note; an old note is replaced."""
+    """Return the description with ``text`` as our note; an old note is replaced.
+
+    Where both together are too long for PVE, the description stays as it is.
+    """
     own = without_note(description)
     note = f"{BEGIN}\n{text}\n{END}"
     room = MAX_DESCRIPTION - len(note) - 2
-    return f"{note}\n\n{own[:room]}" if own else note
+    if len(own) > room:
+        return description  # its user's words are worth more than ours
+    return f"{note}\n\n{own}" if own else note
 
 
 def running_note(vmid: int, head: str) -> str:
@@ -42,7 +47,9 @@ def without_note(description: str) -> str:
     if not begin:
         return description
     _, end, after = rest.partition(END)
-    return (before + (after if end else "")).strip("\n")
+    if not end:  # somebody has deleted our last line; what we write has no empty one
+        _, _, after = rest.partition("\n\n")
+    return (before + after).strip("\n")
 
 
 def tagged(tags: str) -> str:

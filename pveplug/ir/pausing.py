@@ -56,7 +56,7 @@ async def pause(local: PveLocal, recovery: Recovery, text: str) -> None:
     """Pause the VM, if it runs, and tell why in its notes.
 
     Raises:
-        PveplugError: PVE or this node refuses; as much as possible was done.
+        PveplugError: PVE or this node refuses: it goes on, or is paused without a note.
     """
     try:
         _place(recovery).write_text(text, encoding="utf-8")
@@ -65,11 +65,13 @@ async def pause(local: PveLocal, recovery: Recovery, text: str) -> None:
     try:
         if local.vm_running(recovery.vmid) is not None:
             await _stop(local, recovery.vmid)
-    finally:
-        await describe(local, recovery.vmid, text)
+    except PveplugError:
+        _place(recovery).unlink(missing_ok=True)  # it was never asked, or refuses
+        raise
+    await describe(local, recovery.vmid, text)
 
 
-async def go_on(local: PveLocal, recovery: Recovery, note: str) -> None:
+async def go_on(local: PveLocal, recovery: Recovery) -> None:
     """Let a VM go on that :func:`pause` has paused.
 
     Raises:
@@ -79,13 +81,15 @@ async def go_on(local: PveLocal, recovery: Recovery, note: str) -> None:
         await resume(local, recovery.vmid)
     with contextlib.suppress(OSError):
         _place(recovery).unlink()
-    await describe(local, recovery.vmid, note)
 
 
 async def _stop(local: PveLocal, vmid: int) -> None:
     # Not by `qm suspend`: a move holds the lock that it needs for as long as it lasts.
+    # QEMU takes the order and answers when the reads under way have ended, which wait
+    # for what doesn't come: no answer is no refusal.
     async with qmp_session(local.node.qmp_socket(vmid)) as qmp:
-        await qmp.execute("stop")
+        with contextlib.suppress(TransportError):
+            await qmp.execute("stop")
 
 
 async def resume(local: PveLocal, vmid: int) -> None:

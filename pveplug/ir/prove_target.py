@@ -24,7 +24,7 @@ from pveplug.proveconfig import config_for_proof, wanted_for
 from pveplug.proving.report import ChainMember, Subject, log_lines
 from pveplug.proving.verdict import Outcome, Verdict, Wanted
 from pveplug.units import human
-from pveplug.vmconfig import parse_config
+from pveplug.vmconfig import parse_config, smbios_uuid
 from pveplug.vmrestore import RestorePlan
 
 REPORTS: Final = "reports"
@@ -90,7 +90,7 @@ class ProveTarget(InstantTarget):
                 remedy="select the whole directory of the VM, in every job of the "
                 "chain.",
             )
-        if self._watching is None:
+        if self._watching is None or self._start_failed:
             raise JobError(
                 f"the VM was not started: {self._start_failed or 'nothing came'}.",
                 vm=str(self.vmid),
@@ -160,10 +160,19 @@ class ProveTarget(InstantTarget):
             await asyncio.wait([watching])
         if self._recovery is not None:
             await release(self._recovery)
-        if self.vmid and self._local.vm_running(self.vmid) is not None:
-            with contextlib.suppress(PveplugError):
+        with contextlib.suppress(PveplugError):
+            if await self._runs():
                 await self._local.stop_vm(self.vmid)
         await super()._undo()
+
+    async def _runs(self) -> bool:
+        """Whether the VM runs, and is ours: the id may have gone to another."""
+        entry = self._made.entry
+        if entry is None or not entry.created or not entry.uuid:
+            return False
+        if self._local.vm_running(entry.vmid) is None:
+            return False
+        return smbios_uuid((await self._local.config(entry.vmid)).values) == entry.uuid
 
 
 def _now() -> str:

@@ -6,6 +6,7 @@ One folder per VM, ``<landing_dir>/<vmid>/``::
     recovery.json    this record: made by the restore job, read by the keeper
     feed.lock        flock: the job that is delivering; free means nobody is
     keeper.lock      flock: the keeper, the process that serves the disks
+    migrate          the disks shall move in the end, whatever the record says
     <key>.…          the landed disks, see pveplug.ir.landing
 
 and below the runtime directory ``ir-<vmid>/`` the sockets and what a reboot may forget.
@@ -34,6 +35,7 @@ from pveplug.node import Node
 RECORD: Final = "recovery.json"
 FEED_LOCK: Final = "feed.lock"
 KEEPER_LOCK: Final = "keeper.lock"
+MIGRATE: Final = "migrate"
 VERSION: Final = 1
 POLL_S: Final = 0.2
 OWNER_ONLY: Final = 0o700
@@ -75,7 +77,7 @@ class Record:
         created: by this node's clock.
         timeout: how long data may stay away before the VM is paused.
         bind, port: where its disks are served; no bind: a unix socket.
-        notes: the VM's description, tags, protection and onboot as they shall be.
+        notes: the VM's protection and onboot as they shall be.
         config: what the VM is told when it gets its disks, besides them; ``stale``:
             what it then must not have any more.
         prove: made for a proof, and goes with it.
@@ -172,7 +174,7 @@ class Recovery:
             raise self._damaged(str(error)) from error
         try:
             return _record(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"not a record of version {VERSION}: {error}") from None
 
     def _damaged(self, why: str) -> IntegrityError:
@@ -220,6 +222,15 @@ class Recovery:
                     )
                 await asyncio.sleep(POLL_S)
             yield
+
+    def want_migration(self) -> None:
+        """Note that its disks shall move when all is here; outlives the keeper."""
+        with contextlib.suppress(OSError):
+            (self.folder / MIGRATE).touch()
+
+    def migration_wanted(self) -> bool:
+        """Whether :meth:`want_migration` was called."""
+        return (self.folder / MIGRATE).exists()
 
     def fed(self) -> bool:
         """Whether a job is delivering."""
@@ -305,6 +316,11 @@ def _held(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _locked(fd)
+        # Shared: two who ask at once must not take each other for the holder.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
     finally:
         os.close(fd)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 
 from pveplug.errors import JobError
 from pveplug.ir.control import release, retire
@@ -12,6 +14,8 @@ from pveplug.node import Node
 from pveplug.proto.pve_refusal import Reason
 from pveplug.pve_local import ProgramError, PveLocal
 from pveplug.vmconfig import smbios_uuid
+
+FEED_WAIT_S: Final = 5.0
 
 
 async def discard(node: Node, vmid: int, say: Callable[[str], None]) -> None:
@@ -42,8 +46,10 @@ async def discard(node: Node, vmid: int, say: Callable[[str], None]) -> None:
             remedy="cancel that job first (bconsole: cancel).",
         )
     local = PveLocal(node)
-    await remove_vm(local, recovery, record, say)
-    await remove_traces(node, recovery)
+    async with recovery.feeding(FEED_WAIT_S):  # no job begins to deliver meanwhile
+        await remove_vm(local, recovery, record, say)
+        await _free_overlays(local, record, say)
+        await remove_traces(node, recovery)
     say(f"VM {vmid}: everything of the recovery is removed")
 
 
@@ -56,15 +62,24 @@ async def remove_vm(
     """Stop and destroy the VM of a recovery, if it is there and still that one.
 
     Raises:
-        JobError: the id is another VM's by now.
+        JobError: the id is another VM's by now, or another node has it.
     """
     vmid = record.vmid
     try:
         config = (await local.config(vmid)).values
     except ProgramError as error:
-        if error.reason is Reason.VM_MISSING:
-            return
-        raise
+        if error.reason is not Reason.VM_MISSING:
+            raise
+        # Every node sees the configurations of all in /etc/pve.
+        nodes = Path(local.node.firewall_dir).parent / "nodes"
+        for found in nodes.glob(f"*/qemu-server/{vmid}.conf"):
+            raise JobError(
+                f"node {found.parent.parent.name} has it now.",
+                vm=str(vmid),
+                phase="discard",
+                remedy="migrate it back, or destroy it there first.",
+            ) from error
+        return
     if smbios_uuid(config) != record.uuid:
         raise JobError(
             "the VM that has this id now is not the one that was recovered.",
@@ -82,6 +97,16 @@ async def remove_vm(
         await local.set_values(vmid, {"protection": "0"})
     if await local.destroy_vm(vmid):
         say(f"VM {vmid}: destroyed")
+
+
+async def _free_overlays(
+    local: PveLocal, record: Record, say: Callable[[str], None]
+) -> None:
+    """Free the overlays that were never the VM's, or are no more; it has gone."""
+    for disk in record.served:
+        if await local.volume_exists(disk.overlay):
+            await local.free_volume(disk.overlay)
+            say(f"VM {record.vmid}: freed {disk.overlay}")
 
 
 async def remove_traces(node: Node, recovery: Recovery) -> None:

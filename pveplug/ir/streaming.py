@@ -23,7 +23,8 @@ from pveplug.qmp import qmp_session
 from pveplug.units import KiB, human
 
 POLL_S: Final = 1.0
-_HEADER: Final = struct.Struct(">4sIQ")
+_HEADER: Final = struct.Struct(">4sIQ44xI")
+"""Magic, version, backing_file_offset, … nb_snapshots."""
 _MAGIC: Final = b"QFI\xfb"
 
 
@@ -38,12 +39,27 @@ def stands_alone(path: str) -> bool:
     Raises:
         OSError: it can't be read, or is no qcow2 image.
     """
+    return not _header(path)[0]
+
+
+def has_snapshots(path: str) -> bool:
+    """Whether a qcow2 image has internal snapshots.
+
+    Raises:
+        OSError: it can't be read, or is no qcow2 image.
+    """
+    return bool(_header(path)[1])
+
+
+def _header(path: str) -> tuple[int, int]:
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
-    magic, _version, backing = _HEADER.unpack(head.ljust(_HEADER.size, b"\0"))
+    magic, _version, backing, snapshots = _HEADER.unpack(
+        head.ljust(_HEADER.size, b"\0")
+    )
     if magic != _MAGIC:
         raise OSError(f"{path} is no qcow2 image")
-    return not backing
+    return backing, snapshots
 
 
 async def make_independent(
@@ -63,6 +79,17 @@ async def make_independent(
         PveplugError: it still depends on its backing file; nothing is lost.
     """
     path = await local.volume_path(disk.overlay)
+    if await asyncio.to_thread(has_snapshots, path):
+        # QEMU cuts the link for all of the image but copies for the active layer: what
+        # a snapshot has from the backing file would read as zeroes from then on.
+        raise JobError(
+            "the VM has snapshots, which depend on what has landed.",
+            vm=str(vmid),
+            disk=disk.key,
+            phase="migrate",
+            remedy=f"delete them (qm listsnapshot {vmid}, qm delsnapshot), then "
+            f"pveplug ir migrate --vmid {vmid}.",
+        )
     if local.vm_running(vmid) is None:
         argv = [node.qemu_img, "rebase", "-p", "-b", ""]
         await run_long([*argv, path], on_line=on_line)
@@ -88,8 +115,11 @@ async def _stream(
     monitor = node.qmp_socket(vmid)
     name = job_id(disk.key)
     async with qmp_session(monitor) as qmp:
-        jobs = await qmp.execute("query-jobs")
-        if not any(job["id"] == name for job in jobs):
+        jobs = {job["id"]: job for job in await qmp.execute("query-jobs")}
+        if name in jobs and jobs[name]["status"] == "concluded":
+            # Of a keeper that ended: it could cancel its job, not dismiss it.
+            await qmp.execute("job-dismiss", {"id": jobs.pop(name)["id"]})
+        if name not in jobs:
             graph = await query_graph(qmp)
             found = find_disks(graph, {disk.key: disk.overlay}).get(disk.key)
             if found is None:

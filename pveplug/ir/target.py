@@ -613,13 +613,14 @@ class InstantTarget(VmTarget):
 
     async def _started_or_not(self) -> None:
         """Let the starter end; it has nothing to wait for any more."""
-        starter, self._starter = self._starter, None
+        starter = self._starter
         assert starter is not None  # noqa: S101 - asked for before
         done, _ = await asyncio.wait([starter], timeout=5 * LOOK_S)
         if not done and not self._starting:
             starter.cancel()
             await asyncio.wait([starter])
         await asyncio.wait([starter])
+        self._starter = None  # not before: who is cancelled here must wait for it
         if not starter.cancelled():
             starter.result()
 
@@ -781,12 +782,24 @@ def _patient(disk: LandedDisk, target: str) -> tuple[tuple[str, str], ...]:
 
 
 def _port(instant: Instant) -> int:
-    """Return the TCP port to serve on, which must outlive a keeper; 0: a socket."""
-    if instant.nbd_bind is None:
+    """Return the TCP port to serve on, which must outlive a keeper; 0: a socket.
+
+    Raises:
+        JobError: it can't be listened on.
+    """
+    host = instant.nbd_bind
+    if host is None:
         return 0
-    if instant.nbd_port:
-        return instant.nbd_port
-    family = socket.AF_INET6 if ":" in instant.nbd_bind else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((instant.nbd_bind, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, instant.nbd_port))
+        except OSError as error:
+            raise JobError(
+                f"cannot listen on {host} port {instant.nbd_port}: {error.strerror}.",
+                phase="instant recovery",
+                remedy="another recovery may be served there: give each an "
+                "ir_nbd_port of its own, ir_nbd_port=0, or leave ir_nbd_bind out.",
+            ) from error
         return int(probe.getsockname()[1])

@@ -14,6 +14,7 @@ from pveplug.diskstream import (
     RateLimit,
     give_back_unread,
     read_edges,
+    read_ranges,
     scan,
 )
 from pveplug.errors import IntegrityError, NbdError
@@ -26,6 +27,7 @@ from pveplug.nbd.client import connect
 from pveplug.proto.nbd_wire import Command
 from pveplug.restore_disk import DiskWriter
 from pveplug.units import CLUSTER, MiB
+from tests.support.images import gpt
 from tests.support.nbd_model import Manner, ModelServer, serving
 
 DIRTY = "qemu:dirty-bitmap:u"
@@ -135,7 +137,7 @@ async def image_of(
             if held is not None:
                 writer = EdgesWriter()
                 writer.begin("scsi0", client.size)
-                await read_edges(client, clusters, held, writer, RateLimit(0))
+                await read_ranges(client, clusters, held, writer, RateLimit(0))
                 stream.hold(Edges.decode(writer.finish()).disks["scsi0"].runs)
             try:
                 await stream.send(kept)
@@ -303,6 +305,34 @@ def laid_out(kept: MemoryFile, size: int) -> bytes:
     return bytes(file)
 
 
+async def test_ends_of_the_disk_and_its_partitions_are_read_once(
+    short_tmp: Path,
+) -> None:
+    parts = ((MiB, 9 * MiB + 4096), (9 * MiB + 4096, 24 * MiB))
+    disk = scribbled(28 * MiB + 512, 7, 1.0)
+    disk[:CLUSTER] = gpt(512, *parts)
+    model = ModelServer(disk, Manner(contexts={}))
+    async with serving(str(short_tmp / "s"), lambda: model) as address:
+        async with await connect(address) as client:
+            clusters = await scan(client, context=None, known=0)
+            writer = EdgesWriter()
+            writer.begin("scsi0", client.size)
+            await read_edges(client, clusters, writer, RateLimit(0), disks=2)
+    read = [
+        (request.offset, request.offset + request.length)
+        for request in model.seen
+        if request.command is Command.READ
+    ]
+    edges = Edges.decode(writer.finish()).disks["scsi0"]
+    assert sum(run.length for run in edges.runs) < 8 * MiB
+    held = touched([(run.offset, run.end) for run in edges.runs])
+    assert touched(read) == held == sorted(set(held))
+    for at in (0, 2 * MiB, 9 * MiB, 9 * MiB + 4096, 24 * MiB - 1, 28 * MiB + 511):
+        assert at // CLUSTER in held
+    for run in edges.runs:
+        assert run.data() == disk[run.offset : run.end]
+
+
 async def test_a_read_ahead_of_a_disk_begins_with_what_is_not_held(
     short_tmp: Path,
 ) -> None:
@@ -317,7 +347,7 @@ async def test_a_read_ahead_of_a_disk_begins_with_what_is_not_held(
             )
             writer = EdgesWriter()
             writer.begin("scsi0", client.size)
-            await read_edges(client, clusters, [(0, MiB)], writer, RateLimit(0))
+            await read_ranges(client, clusters, [(0, MiB)], writer, RateLimit(0))
             stream.hold(Edges.decode(writer.finish()).disks["scsi0"].runs)
             before = len(model.seen)
             stream.prefetch()

@@ -163,6 +163,64 @@ async def test_two_disks_may_come_between_each_other(vm: Vm) -> None:
     }
 
 
+@pytest.mark.parametrize("flats_first", [False, True])
+async def test_disks_of_one_name_in_two_folders_are_not_mixed_up(
+    vm: Vm, flats_first: bool
+) -> None:
+    """As ESXi has it: ``[ds1] web/web.vmdk`` and ``[ds2] web/web.vmdk``."""
+    files = files_of(vm)
+    descriptors = [
+        ("a/web.vmdk", descriptor(ONE, cid="aaaaaaaa")),
+        ("b/web.vmdk", descriptor(ONE, cid="bbbbbbbb")),
+    ]
+    flats = [("b/web-flat.vmdk", flat(2)), ("a/web-flat.vmdk", flat(1))]
+    for name, data in [*flats, *descriptors] if flats_first else [*descriptors, *flats]:
+        await give(files, name, data)
+    files.all_came()
+    assert len(vm.disks) == 2
+    for name, disk in vm.disks.items():
+        a = "/a/" in name
+        assert bytes(disk.told.disk) == flat(1 if a else 2)
+        if flats_first:
+            assert [i.identity for i in disk.adopted] == [
+                ("aaaaaaaa", "bbbbbbbb")[not a]
+            ]
+
+
+async def test_an_extent_in_another_folder_is_taken_while_there_is_but_one(
+    vm: Vm,
+) -> None:
+    files = files_of(vm)
+    await give(files, "meta/web.vmdk", descriptor(ONE))
+    await give(files, "data/web-flat.vmdk", flat())
+    files.all_came()
+    assert vm.ended == ["/@vsphere/web/meta/web.vmdk"]
+    with pytest.raises(JobError, match=r"other/web-flat.vmdk .*beside neither"):
+        await give(files, "other/web-flat.vmdk", flat(2))
+
+
+async def test_a_descriptor_beside_none_of_two_extents_is_refused(vm: Vm) -> None:
+    files = files_of(vm)
+    await give(files, "a/web-flat.vmdk", flat(1))
+    await give(files, "b/web-flat.vmdk", flat(2))
+    with pytest.raises(JobError, match=r"meta/web\.vmdk .*beside neither"):
+        await give(files, "meta/web.vmdk", descriptor(ONE))
+
+
+async def test_an_extent_belongs_to_the_descriptor_of_its_folder(vm: Vm) -> None:
+    files = files_of(vm)
+    for folder in ("ds1", "ds2"):
+        await give(files, f"{folder}/web.vmdk", descriptor(ONE))
+    for number, folder in ((2, "ds2"), (1, "ds1")):
+        await give(files, f"{folder}/web-flat.vmdk", flat(number))
+    files.all_came()
+    found = {name: bytes(disk.told.disk) for name, disk in vm.disks.items()}
+    assert found == {
+        "/@vsphere/web/ds1/web.vmdk": flat(1),
+        "/@vsphere/web/ds2/web.vmdk": flat(2),
+    }
+
+
 async def test_extents_that_did_not_come_are_named(vm: Vm) -> None:
     files = files_of(vm)
     await give(files, "web.vmdk", descriptor(ONE))

@@ -58,8 +58,9 @@ class Programs:
             lines = (self.base / "log").read_text().splitlines()
         except FileNotFoundError:
             return []
-        assert all(line.endswith(" LC_ALL=C") for line in lines)
-        return [line.removesuffix(" LC_ALL=C") for line in lines]
+        # By it PVE decodes what it is told: "C" spoils a description's umlauts.
+        assert all(line.endswith(" LC_ALL=C.UTF-8") for line in lines)
+        return [line.removesuffix(" LC_ALL=C.UTF-8") for line in lines]
 
 
 @pytest.fixture

@@ -674,3 +674,24 @@ async def test_a_running_job_is_not_cleaned_up(
     assert not well
     assert "working on this VM" in str(lines)
     assert local.did == []
+
+
+async def test_a_vm_whose_recovery_cannot_be_read_stays_with_all_that_landed(
+    node: Node, local: ScriptedLocal
+) -> None:
+    """It may have been handed over: its user's writes are in its overlays."""
+    node = dataclasses.replace(node, landing_dir=f"{node.state_dir}/landing")
+    landed = Path(node.landing_dir) / "100"
+    landed.mkdir(parents=True)
+    (landed / "recovery.json").write_text("{")
+    local.running = False
+    local.values = {"smbios1": "uuid=abc", "scsi0": "local:100/o.qcow2"}
+    local.volumes = {"local:100/o.qcow2"}
+    entry = dead(
+        node, "restore", created=True, uuid="abc", volumes=["local:100/o.qcow2"]
+    )
+    told = await undo(node, local, entry)
+    assert local.did == []
+    assert (landed / "recovery.json").exists()
+    assert "whether it had been handed over isn't known" in told[0]
+    assert str(landed) in told[0]

@@ -84,9 +84,10 @@ async def test_both_ends_of_all_disks_are_served_while_the_rest_is_owed() -> Non
         argv, _ = world.bacula.bconsole
         console = Console(argv[0], Path(argv[-1]))
         plan = await make_plan(console, 100, WHERE)
-        assert [step.title.split(",")[0] for step in plan.steps] == [
-            "ends of the disks",
-            f"{increment.name} (JobId {increment.job_id})",
+        # The newest job's files, and of the Full nothing but the ends.
+        newest = f"{increment.name} (JobId {increment.job_id})"
+        assert [step.title for step in plan.steps] == [
+            f"ends of the disks of the whole chain, and {newest}",
             f"{full.name} (JobId {full.job_id})",
         ]
         job_id = await console.restore(plan.steps[0].order)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def disk(tmp_path: Path) -> Path:
     """8 MiB with noise, text, zeroes that are written and holes."""
     content, rng = bytearray(8 << 20), random.Random(3)
+    content[510:512] = b"\x55\xaa"  # or a raw image would be nothing that is known
     content[65536:1_300_000] = rng.randbytes(1_300_000 - 65536)
     content[3 << 20 : (3 << 20) + 5000] = b"some text " * 500
     path = tmp_path / "disk.raw"
@@ -97,6 +102,56 @@ def test_a_vmdk_of_several_files_is_one_disk(
     assert len(given) == 2
     assert main(["import", *given, "--to-file", str(out)]) == 0
     assert truth.sha256_of_image(out, "raw") == truth.sha256_of_image(disk, "raw")
+
+
+def test_a_flat_vmdk_and_its_snapshot_are_a_chain(
+    node: None, disk: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    flat, snapshot = folder / "vm.vmdk", folder / "vm-000001.vmdk"
+    made = ("convert", "-O", "vmdk", "-o", "subformat=monolithicFlat")
+    truth.run("qemu-img", *made, str(disk), str(flat))
+    made = ("create", "-q", "-f", "vmdk", "-b", str(flat), "-F", "vmdk")
+    truth.run("qemu-img", *made, "-o", "subformat=twoGbMaxExtentSparse", str(snapshot))
+    words = ("-c", "write -P 7 1M 64k", "-c", "write -P 8 5M 192k")
+    truth.run("qemu-io", "-f", "vmdk", *words, str(snapshot))
+    given = [str(path) for path in sorted(folder.iterdir())]
+    assert len(given) == 4
+    out = tmp_path / "out.raw"
+    assert main(["import", *given, "--to-file", str(out)]) == 0
+    assert truth.sha256_of_image(out, "raw") == truth.sha256_of_image(snapshot, "vmdk")
+
+
+def test_ended_by_a_signal_no_file_is_left(disk: Path, tmp_path: Path) -> None:
+    """SIGTERM, as systemd and a closed session send it, while more is awaited."""
+    node = tmp_path / "node.toml"
+    node.write_text(f'runtime_dir = "{tmp_path / "r"}"\n')
+    pipe, out = tmp_path / "pipe.raw", tmp_path / "out.raw"
+    with pipe.open("wb") as file:
+        file.write(disk.read_bytes())
+        file.truncate(1 << 40)  # reading it takes long
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pveplug", "import", str(pipe), "--to-file", str(out)],
+        env={**os.environ, "PODHEITOR_PROXMOX_NODE": str(node)},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        until = time.monotonic() + 60
+        part = tmp_path / ".out.raw.part"
+        while time.monotonic() < until:
+            if part.exists() and part.stat().st_blocks:
+                break  # it is being written
+            time.sleep(0.02)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 69
+    assert b"interrupted" in said
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+    assert not out.exists()
 
 
 def test_what_is_damaged_or_alone_leaves_no_file(

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -82,7 +83,6 @@ class Bench:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def bench() -> AsyncIterator[Bench]:
     base = short_base("pi")
-    base.mkdir(exist_ok=True)
     site = Site(base / "s")
     await site.start()
     try:
@@ -91,6 +91,7 @@ async def bench() -> AsyncIterator[Bench]:
         yield found
     finally:
         await site.stop()
+        shutil.rmtree(base, ignore_errors=True)
 
 
 def disk(path: Path, seed: int, size: int = 8 * MIB) -> Path:
@@ -205,7 +206,7 @@ async def test_increments_of_each_kind_are_put_upon_what_they_were_made_from(
     source = disk(tmp_path / "base.raw", 5)
     full = convert(source, tmp_path / "base.vmdk", "vmdk")
     cid = next(
-        line.partition("=")[2]
+        line.partition("=")[2].zfill(8)
         for line in full.read_bytes()[:4096].decode("latin-1").split("\n")
         if line.startswith("CID=")
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -124,3 +125,17 @@ def apply(events: Iterable[Event], target: bytearray) -> ImageHeader:
     assert header is not None
     assert at <= header.size
     return header
+
+
+def gpt(sector: int, *parts: tuple[int, int], count: int = 128) -> bytes:
+    """The beginning of a disk; parts in bytes."""
+    mbr = bytes(446) + struct.pack("<B3sB3sII", 0, b"", 0xEE, b"", 1, 2**32 - 1)
+    head = b"EFI PART" + bytes(64) + struct.pack("<QII", 2, count, 128)
+    table = b"".join(
+        struct.pack(
+            "<16s16sQQ", b"\1" * 16, b"\2" * 16, low // sector, high // sector - 1
+        ).ljust(128, b"\0")
+        for low, high in parts
+    )
+    start = (mbr.ljust(510, b"\0") + b"\x55\xaa").ljust(sector, b"\0")
+    return ((start + head).ljust(2 * sector, b"\0") + table).ljust(1 << 16, b"\0")

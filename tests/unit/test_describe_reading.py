@@ -20,8 +20,8 @@ from pveplug.describe.guest import (
 )
 from pveplug.describe.reading import Kind, detect, read_description, read_one
 from pveplug.describe.systems import system_of
-from pveplug.describe.texts import known_encoding
 from pveplug.errors import DescriptionError
+from pveplug.texts import known_encoding
 from pveplug.units import MiB
 
 HERE = Path(__file__).parent / "descriptions"

@@ -26,6 +26,7 @@ from pveplug.images.evidence import JobEvidence, Paper, is_paper
 from pveplug.images.manifest import EDGES_FILE, text_digest
 from pveplug.images.partitions import partitions
 from pveplug.units import CLUSTER, GiB, KiB, MiB, TiB
+from tests.support.images import gpt
 from tests.support.stored import a_chain
 
 GPT_BACKUP = 33 * 512
@@ -109,20 +110,6 @@ def test_the_ranges_hold_what_guests_look_for() -> None:
 @pytest.mark.parametrize("size", [512, CLUSTER, HEAD, 2 * MiB, 2 * MiB + 512])
 def test_a_disk_that_is_all_edge_has_one_range(size: int) -> None:
     assert edge_ranges(size) == [(0, size)]
-
-
-def gpt(sector: int, *parts: tuple[int, int], count: int = 128) -> bytes:
-    """The beginning of a disk; parts in bytes."""
-    mbr = bytes(446) + struct.pack("<B3sB3sII", 0, b"", 0xEE, b"", 1, 2**32 - 1)
-    head = b"EFI PART" + bytes(64) + struct.pack("<QII", 2, count, 128)
-    table = b"".join(
-        struct.pack(
-            "<16s16sQQ", b"\1" * 16, b"\2" * 16, low // sector, high // sector - 1
-        ).ljust(128, b"\0")
-        for low, high in parts
-    )
-    start = (mbr.ljust(510, b"\0") + b"\x55\xaa").ljust(sector, b"\0")
-    return ((start + head).ljust(2 * sector, b"\0") + table).ljust(CLUSTER, b"\0")
 
 
 def mbr(*parts: tuple[int, int]) -> bytes:

@@ -72,6 +72,13 @@ def test_an_unknown_delta_is_not_taken_for_a_raw_disk(
     assert kind_of(file, first, size, trusted=True) is Format.RAW
 
 
+def test_a_guests_own_encrypted_disk_is_taken_where_it_is_named() -> None:
+    first = b"LUKS\xba\xbe" + bytes(4090)
+    with pytest.raises(IntegrityError, match="import_raw"):
+        kind_of("d-flat.vmdk", first, 4096)
+    assert kind_of("d-flat.vmdk", first, 4096, trusted=True) is Format.RAW
+
+
 def test_what_is_no_image_of_ours_to_read_says_what_it_is() -> None:
     with pytest.raises(IntegrityError, match="VMA"):
         role_of("x.vma", b"VMA\0" + bytes(600))

@@ -27,6 +27,7 @@ from pveplug.images.stream import (
 from pveplug.images.vhdx_log import LogPatches
 from pveplug.images.vmdk_set import VmdkSet
 from pveplug.images.vmdk_sparse import VmdkSparseReader
+from pveplug.images.vmdk_wire import parse_descriptor
 from tests.support import edits, qcow2_images, vhd_images, vhdx_images, vmdk_images
 from tests.support.foreign import read, read_image
 
@@ -269,6 +270,27 @@ def test_descriptors_are_judged(line, match):
     disk.receive_data(vmdk_images.descriptor("custom", [line]))
     with pytest.raises(IntegrityError, match=match):
         disk.end_file()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("codec", ["punycode", "idna", "utf-7", "rot13", "zip"])
+def test_a_descriptor_chooses_no_codec_that_is_none_of_files(codec):
+    """Punycode takes quadratic time: a megabyte of it would take hours."""
+    text = vmdk_images.descriptor("custom").replace(b"UTF-8", codec.encode())
+    found = parse_descriptor(text + b"x-" + b"a" * 1000_000)
+    assert not isinstance(found, str)
+    assert found.create_type == "custom"
+
+
+def test_a_descriptor_is_read_in_the_encoding_it_names():
+    line = 'RW 8 FLAT "ディスク.vmdk" 0'
+    text = vmdk_images.descriptor("custom").decode()
+    text = text.replace("UTF-8", "Shift_JIS").replace(
+        "createType", f"{line}\ncreateType"
+    )
+    found = parse_descriptor(text.encode("shift_jis"))
+    assert not isinstance(found, str)
+    assert [extent.file for extent in found.extents] == ["ディスク.vmdk"]
 
 
 # --- VHD, VHDX ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.support.stored import a_chain
 
 @pytest.fixture
 def homes(tmp_path):
-    return a_chain().write(tmp_path / "restored")
+    return a_chain(edges=65536).write(tmp_path / "restored")
 
 
 def verified(*paths):
@@ -47,12 +47,12 @@ def test_a_whole_chain_is_good_and_each_file_has_its_line(homes, capsys):
     assert main(["verify", str(root)]) == 0
     out = capsys.readouterr().out.splitlines()
     files = [f"{home}/{name}" for home in homes for name in os.listdir(home)]
-    assert len(files) == 24
+    assert len(files) == 27
     assert sorted(line.split(": ")[0] for line in out[:-1]) == sorted(
         f"OK       {path}" for path in files
     )
     assert out[-1].startswith("3 jobs, ")
-    assert out[-1].endswith("of images read: 24 ok, 0 damaged")
+    assert out[-1].endswith("of images read: 27 ok, 0 damaged")
     assert main(["verify", "--quiet", str(root)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
@@ -106,6 +106,7 @@ def test_a_lost_zero_cluster_is_told(homes):
         ("vm.conf", "not the text that the manifest has of it"),
         ("firewall.fw", "not the text that the manifest has of it"),
         ("scsi0.digests", "not the digests whose root the manifest has"),
+        ("edges.bin", "not the file whose digest the manifest has"),
         ("layout.json", "own digest differs"),
         ("manifest.json", "own digest differs"),
     ],
@@ -132,7 +133,11 @@ def test_a_member_that_is_missing_is_told_with_who_needs_it(homes):
 
 
 @pytest.mark.parametrize(
-    "name", ["scsi0.qcow2", "scsi0.digests", "vm.conf", "layout.json", "manifest.json"]
+    "name",
+    [
+        *("scsi0.qcow2", "scsi0.digests", "vm.conf", "layout.json", "manifest.json"),
+        "edges.bin",
+    ],
 )
 def test_a_file_that_is_missing_from_a_job_is_told(homes, name):
     (homes[2] / name).unlink()
