@@ -80,8 +80,8 @@ async def clear_cut_move(node: Node, local: PveLocal, recovery: Recovery) -> Non
     """Take away what a move has left whose keeper was killed; waits for its ``qm``.
 
     Raises:
-        JobError: the VM runs from the new volume and PVE doesn't know; nothing was
-            touched.
+        JobError: the VM runs, or may have run, from the new volume and PVE doesn't
+            know; nothing was touched.
         PveplugError: it could not be looked at, or taken away.
     """
     intent = _read(recovery)
@@ -96,12 +96,28 @@ async def clear_cut_move(node: Node, local: PveLocal, recovery: Recovery) -> Non
             and not any(volid in value for value in config.values())
         ]
         paths = {await local.volume_path(volid): volid for volid in new}
+        asked = False
         if local.vm_running(recovery.vmid) is not None:
             monitor = node.qmp_socket(recovery.vmid)
             with contextlib.suppress(VmGoneError):
                 await _end_job(monitor, intent.key)
                 await _check_unused(monitor, recovery.vmid, intent.key, paths)
                 await _drop_nodes(monitor, paths)
+                asked = True
+        if new and not asked:
+            # Had PVE been killed at the very end of the move, the guest would have run
+            # from there, and nobody is left to ask. It is not ours to throw away.
+            raise JobError(
+                f"a move was cut, and the VM has stopped since: {', '.join(new)} may "
+                "hold the guest's last writes.",
+                vm=str(recovery.vmid),
+                disk=intent.key,
+                phase="migrate",
+                remedy=f"start the VM (qm start {recovery.vmid}); if it is right, free "
+                f"that volume (pvesm free {new[0]}) and run pveplug ir migrate --vmid "
+                f"{recovery.vmid}. If its last writes are missing, put the volume in "
+                f"the place of {intent.key} in its configuration first.",
+            )
         for volid in new:
             log.info("ir-cut-move vm=%s frees=%s", recovery.vmid, volid)
             await local.free_volume(volid)
