@@ -23,7 +23,7 @@ from pveplug.diskstream import DiskStream, FileSink, RateLimit, read_edges, scan
 from pveplug.images.chain import JobRecord, backing_name
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
-from pveplug.images.edges import Edges, EdgesWriter, edge_ranges
+from pveplug.images.edges import Edges, EdgesWriter
 from pveplug.images.manifest import DiskEntry, Manifest
 from pveplug.images.qcow2_writer import Qcow2StreamWriter
 from pveplug.leafstore import LeafStore
@@ -128,8 +128,8 @@ async def read_ends(found: Sequence[Opened]) -> bytes:
     writer, limit = EdgesWriter(), RateLimit(0)
     for one in found:
         writer.begin(one.disk.key, one.clusters.size)
-        ranges = edge_ranges(one.clusters.size, len(found))
-        await read_edges(one.client, one.clusters, ranges, writer, limit)
+        disks = len(found)
+        await read_edges(one.client, one.clusters, writer, limit, disks=disks)
     content = writer.finish()
     for key, disk in Edges.decode(content).disks.items():
         next(one for one in found if one.disk.key == key).stream.hold(disk.runs)
