@@ -83,6 +83,7 @@ class Record:
         prove: made for a proof, and goes with it.
         handed: the VM is its user's: only ``discard`` removes it.
         started: we have tried to start it; from then on that is its user's affair.
+        verified: images that came whole and were as stored, as ``scsi0/JOB``.
         whole: all of its data came and was what had been stored; only then are its
             disks moved.
         damage: what was wrong with its data; empty: nothing is known.
@@ -109,6 +110,7 @@ class Record:
     handed: bool = False
     started: bool = False
     whole: bool = False
+    verified: list[str] = field(default_factory=list)
     damage: str = ""
 
     @property

@@ -511,7 +511,7 @@ class InstantTarget(VmTarget):
         self._note(handed=True)
         self._made.handed_over()
 
-    def _note(self, **changes: bool | str) -> None:
+    def _note(self, **changes: bool | str | list[str]) -> None:
         """Change the record; it says what has been written down, and nothing else.
 
         Raises:
@@ -572,6 +572,7 @@ class InstantTarget(VmTarget):
     async def commit(self) -> None:
         """See that all has landed that this job brought, and lead the VM on."""
         await self._land()
+        self._note(verified=sorted({*self.record.verified, *self._compared()}))
         owed = {
             key: landing.owed_bytes
             for key, landing in self._landings.items()
@@ -583,10 +584,42 @@ class InstantTarget(VmTarget):
         if owed:
             self._tell_owed(owed)
             return
+        if unproven := self._unverified():
+            self._say.warning(
+                f"VM {self.vmid}: all of its data is here, but what came of "
+                f"{', '.join(unproven)} was cut before it could be compared with its "
+                "digests; its disks stay where they are until that is restored again "
+                "(pveplug ir start does)"
+            )
+            return
         self._note(whole=True)
         self._say.info(f"VM {self.vmid}: all of its data is here")
         await self._feeding.aclose()
         await self._see_it_move()
+
+    def _compared(self) -> set[str]:
+        """Return the images that came whole and were as stored, as ``scsi0/JOB``."""
+        return {
+            f"{key}/{job}"
+            for key, volume in self._goal.volumes.items()
+            if volume.writer is not None
+            for job in volume.writer.written.jobs
+        }
+
+    def _unverified(self) -> list[str]:
+        """Return the jobs of which an image was never compared as a whole."""
+        chain = self._goal.chain
+        if chain is None:
+            return []
+        seen = set(self.record.verified)
+        return [
+            job
+            for job in chain.jobs
+            if any(
+                job in chain.members(key) and f"{key}/{job}" not in seen
+                for key in chain.keys
+            )
+        ]
 
     async def _land(self) -> None:
         """Bring what this job delivered to its end, and start the VM if it can run."""

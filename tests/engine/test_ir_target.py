@@ -270,3 +270,21 @@ async def test_no_job_begins_to_deliver_to_what_is_being_given_up(
     local.destroy_vm = destroy_vm  # type: ignore[method-assign]
     await discard(node, 120, lambda _: None)
     assert seen == [True]
+
+
+# --- what is proven -------------------------------------------------------------------
+
+
+def test_data_that_was_cut_before_its_comparison_is_not_taken_for_whole(
+    node: Node, local: ScriptedLocal
+) -> None:
+    """All clusters may be here of a job whose image never came to its digest."""
+    target = target_of(InstantTarget, node, local)
+    members = {"scsi0": ("full", "inc"), "scsi1": ("full",)}
+    target._goal.chain = SimpleNamespace(
+        jobs=("full", "inc"), keys=tuple(members), members=members.__getitem__
+    )
+    target._record = SimpleNamespace(verified=["scsi0/inc", "scsi1/full"])
+    assert target._unverified() == ["full"]
+    target._record.verified.append("scsi0/full")
+    assert target._unverified() == []
