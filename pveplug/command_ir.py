@@ -64,10 +64,10 @@ def _add_start(actions: Any) -> None:
         help="submit the restore jobs of a VM's chain, newest first",
         description="Find a VM's newest good backup, or the one named by --job, and "
         "have Bacula restore its chain into one instant recovery: a restore job for "
-        "each job of the chain, the newest first, each when the one before it has "
-        "ended. The VM starts as soon as what it boots from is here. Ctrl-C cancels "
-        "nothing in Bacula: the job that runs goes on, and the same command goes on "
-        "from there.",
+        "what is newer than its oldest job, then one for that, each when the one "
+        "before it has ended. The VM starts as soon as what it boots from is here. "
+        "Ctrl-C cancels nothing in Bacula: the job that runs goes on, and the same "
+        "command goes on from there.",
         epilog="Exit status: 0 everything arrived, or is submitted; 69 Bacula does not "
         "answer or refuses, or a restore job failed, and the line says what to do; 78 "
         "wrong options, or bconsole's configuration; 130 after Ctrl-C.",
@@ -90,6 +90,12 @@ def _add_start(actions: Any) -> None:
     add("--name", metavar="NAME", help="name of the new VM")
     add("--overlay-storage", metavar="S", help="what the guest writes goes here")
     add("--target-storage", metavar="S", help="the disks move here in the end")
+    add(
+        "--one-by-one",
+        action="store_true",
+        help="a restore job for each job of the chain, not one for all that is newer "
+        "than the oldest",
+    )
     add(
         "--no-auto-migrate",
         action="store_true",
@@ -217,6 +223,7 @@ async def _submit(
         client=arguments.client,
         restore_client=arguments.restore_client,
         restore_job=arguments.restore_job,
+        one_by_one=arguments.one_by_one,
     )
     for remark in plan.remarks:
         sys.stderr.write(f"warning: {remark}\n")
@@ -285,8 +292,9 @@ def again_command(arguments: argparse.Namespace, plan: Plan) -> str:
         for each in value if isinstance(value, list) else [value]:
             if each is not None:
                 words += [f"--{name.replace('_', '-')}", str(each)]
-    if arguments.no_auto_migrate:
-        words.append("--no-auto-migrate")
+    for flag in ("no_auto_migrate", "one_by_one"):
+        if getattr(arguments, flag):
+            words.append(f"--{flag.replace('_', '-')}")
     if arguments.console != "bconsole":
         words += ["--console", arguments.console]
     return shlex.join(words)

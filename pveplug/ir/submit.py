@@ -98,6 +98,7 @@ async def make_plan(
     client: str | None = None,
     restore_client: str | None = None,
     restore_job: str | None = None,
+    one_by_one: bool = False,
 ) -> Plan:
     """Find the backup and its chain, and plan its restore jobs; submit nothing.
 
@@ -108,6 +109,7 @@ async def make_plan(
         client: only its backups.
         restore_client: who restores; None: whose backup it is.
         restore_job: the Job resource; None: the Director's only one.
+        one_by_one: a restore job for each job of the chain, whatever that costs.
 
     Raises:
         RequestError: there is no such backup, or its chain is broken.
@@ -125,6 +127,7 @@ async def make_plan(
         where=where,
         restore_client=restore_client or head.job.client,
         restore_job=restore_job,
+        one_by_one=one_by_one,
     )
 
 
@@ -150,8 +153,13 @@ def planned(
     where: str,
     restore_client: str,
     restore_job: str,
+    one_by_one: bool = False,
 ) -> Plan:
     """Return the restore jobs of a chain, newest first, what boots before all.
+
+    All that is newer than the oldest goes together, unless ``one_by_one``: each
+    restore job costs some four seconds besides its data, and as the owner of each
+    cluster is known, no order among them is better than another.
 
     Args:
         chain: Bacula's jobs, oldest first, the head's last.
@@ -180,18 +188,23 @@ def planned(
         )
         return Step(title, order)
 
+    together = 1 if one_by_one else max(len(parts) - 1, 1)
+    groups = [parts[:together], *([part] for part in parts[together:])]
     steps = [
-        step(f"{part.job} (JobId {part.job_id})", (part.directory, part.names))
-        for part in parts
+        step(
+            ", ".join(f"{part.job} (JobId {part.job_id})" for part in group),
+            *((part.directory, part.names) for part in group),
+        )
+        for group in groups
     ]
     marks = first_marks(parts)
-    if marks and len(parts) > 1:
-        # With the newest job, for each job costs seconds: Bacula gives the older ones'
+    if marks and len(groups) > 1:
+        # With the newest jobs, and not in one of its own: Bacula gives the older ones'
         # small files first, and then what is as a rule the smallest of all.
-        last = parts[0]
-        older = [mark for mark in marks if mark[0] != last.directory]
+        whole_ones = {part.directory for part in groups[0]}
+        older = [mark for mark in marks if mark[0] not in whole_ones]
         title = f"{_what(marks)} of the whole chain, and {steps[0].title}"
-        steps[0] = step(title, (last.directory, last.names), *older)
+        steps[0] = step(title, *steps[0].order.marks, *older)
     elif marks and manifest.image_file("tpmstate0") in parts[0].names:
         # It comes after the disks in its job, and the start can't wait for those.
         steps.insert(0, step(_what(marks), *marks))

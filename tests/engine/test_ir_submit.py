@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import shlex
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ def _job(number: int) -> BaculaJob:
     return job(number, "F" if number == 1 else "I")
 
 
-async def plan_of(console: FakeConsole, **options: str) -> Plan:
+async def plan_of(console: FakeConsole, **options: Any) -> Plan:
     return await make_plan(console, 100, WHERE, **options)
 
 
@@ -112,7 +113,7 @@ async def test_each_job_is_restored_alone_newest_first_with_the_whole_chain_s_id
     None
 ):
     console = FakeConsole([part(n, "scsi0") for n in (1, 2, 3)])
-    plan = await plan_of(console)
+    plan = await plan_of(console, one_by_one=True)
     said: list[str] = []
     assert await submit(console, plan, said.append, again="x") == [101, 102, 103]
     assert [o.marks[0][0] for o in console.orders] == [
@@ -124,6 +125,20 @@ async def test_each_job_is_restored_alone_newest_first_with_the_whole_chain_s_id
         assert (order.where, order.client, order.restore_client) == (WHERE, "fd", "fd")
     assert "restore job 102 (2 of 3): VM 200 runs" in said
     assert not [line for line in said if "Start Rest" in line or "Connected" in line]
+
+
+async def test_all_that_is_newer_than_the_full_goes_together() -> None:
+    """Each restore job costs seconds, and the owners make their order indifferent."""
+    console = FakeConsole([part(n, "scsi0", edges=True) for n in (1, 2, 3, 4)])
+    plan = await plan_of(console)
+    assert len(plan.steps) == 2
+    first, last = (step.order for step in plan.steps)
+    *newer, older = first.marks
+    assert [mark[0] for mark in newer] == [f"{VM}/{unique(n)}" for n in (4, 3, 2)]
+    assert all("scsi0.qcow2" in mark[1] for mark in newer)
+    assert older == (f"{VM}/{unique(1)}", ("layout.json", "edges.bin"))
+    assert [mark[0] for mark in last.marks] == [f"{VM}/{unique(1)}"]
+    assert first.job_ids == last.job_ids == (1, 2, 3, 4)
 
 
 async def test_firmware_of_the_whole_chain_comes_with_the_newest_job() -> None:
@@ -146,7 +161,7 @@ async def test_the_ends_of_all_disks_of_the_chain_come_with_the_newest_job() -> 
     console = FakeConsole(
         [part(1, "scsi0"), *(part(n, "scsi0", edges=True) for n in (2, 3))]
     )
-    plan = await plan_of(console)
+    plan = await plan_of(console, one_by_one=True)
     assert [step.title for step in plan.steps] == [
         f"ends of the disks of the whole chain, and {unique(3)} (JobId 3)",
         *(f"{unique(n)} (JobId {n})" for n in (2, 1)),
@@ -189,7 +204,7 @@ async def test_a_virtual_full_is_a_restore_job_for_each_directory_in_it() -> Non
     console = FakeConsole(
         [*(part(1, "scsi0", number=n) for n in (2, 4, 3)), part(5, "scsi0", number=6)]
     )
-    plan = await plan_of(console)
+    plan = await plan_of(console, one_by_one=True)
     assert [step.order.marks[0][0] for step in plan.steps] == [
         f"{VM}/{unique(n)}" for n in (6, 4, 3, 2)
     ]
@@ -207,7 +222,7 @@ async def test_another_vm_with_the_same_id_is_named_and_left_out() -> None:
 
 async def test_the_first_job_that_fails_is_the_last_and_says_how_to_go_on() -> None:
     console = FakeConsole([part(n, "scsi0") for n in (1, 2, 3)], ends="Tf")
-    plan = await plan_of(console)
+    plan = await plan_of(console, one_by_one=True)
     with pytest.raises(JobError) as raised:
         await submit(console, plan, lambda _: None, again="pveplug ir start --job 3")
     text = str(raised.value)

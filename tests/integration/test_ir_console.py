@@ -112,7 +112,8 @@ def site(
 def test_a_chain_is_restored_job_by_job_with_the_objects_of_all(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(site.arguments("--job", SPACE, "--name", "copy, of: shop"))
+    words = ("--job", SPACE, "--name", "copy, of: shop", "--one-by-one")
+    status = main(site.arguments(*words))
     said = capsys.readouterr()
     assert (status, said.err) == (0, ""), said
     ids = [job.job_id for job in site.jobs]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``./dev demo ir``: a lost VM runs again while most of its data is still in Bacula.
 
-A guest with a chain of three backups is lost. ``pveplug ir start`` submits one restore
-job for each job of the chain, the newest first; the guest boots from what has arrived
+A guest with a chain of three backups is lost. ``pveplug ir start`` submits a restore
+job for its increments and one for its Full; the guest boots from what has arrived
 and writes while Bacula's Storage Daemon stands still, which must not hurt it; then the
 rest comes, and the disks move to their storage under it. Before that the newest backup
 is proven: it boots in isolation, and is removed again.
@@ -96,7 +96,7 @@ class Demo:
         await self._lose()
         step("what Bacula alone makes of the newest backup, for later")
         expected = await self._as_files()
-        step("pveplug ir start: a restore job for each job of the chain, newest first")
+        step("pveplug ir start: a restore job of the increments, then one of the Full")
         start = asyncio.create_task(self._start(), name="ir start")
         try:
             recovered = await self._boots(start)
