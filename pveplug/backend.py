@@ -189,7 +189,7 @@ async def _while_wanted(
 
 
 async def _job(session: BaculaSession, node: Node) -> None:
-    from pveplug import config
+    from pveplug.config_parse import parse_backup
 
     if session.job.type == "R":
         from pveplug.restore import Restore
@@ -199,7 +199,7 @@ async def _job(session: BaculaSession, node: Node) -> None:
         foreign = is_sisters(session.plugin)
         await (RestoreForeign if foreign else Restore)(session, node).run()
         return
-    backup, warnings = config.parse_backup(session.plugin, node=node)
+    backup, warnings = parse_backup(session.plugin, node=node)
     for text in warnings:
         session.warning(text)
     from pveplug.access import open_api

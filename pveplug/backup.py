@@ -29,7 +29,8 @@ from pveplug.access import check_version, choose_vms
 from pveplug.ancestry import recall, remember
 from pveplug.bacula import BaculaSession, FileInfo
 from pveplug.cbt import Level, chain_id
-from pveplug.config import BackupConfig, level_warning
+from pveplug.config import BackupConfig
+from pveplug.config_parse import level_warning
 from pveplug.diskstream import (
     DiskStream,
     Progress,

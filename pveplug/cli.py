@@ -26,7 +26,8 @@ from pveplug import (
     command_replicas,
     command_verify,
 )
-from pveplug.config import level_warning, parse_backup, parse_restore, shown
+from pveplug.config import shown
+from pveplug.config_parse import level_warning, parse_backup, parse_restore
 from pveplug.errors import ConfigError, PveplugError, TransportError
 from pveplug.manual import explain
 from pveplug.node import load_node

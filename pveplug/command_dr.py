@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pveplug.columns import age, aligned
-from pveplug.config import BackupConfig, parse_backup
+from pveplug.config import BackupConfig
+from pveplug.config_parse import parse_backup
 from pveplug.errors import ConfigError
 from pveplug.node import Node, load_node
 from pveplug.parameters import DR_MODES

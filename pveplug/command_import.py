@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pveplug.config import parse_import
+from pveplug.config_parse import parse_import
 from pveplug.errors import (
     ConfigError,
     DescriptionError,

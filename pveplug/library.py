@@ -25,7 +25,7 @@ from typing import Final
 
 from pveplug.access import choose_vms, open_api
 from pveplug.cbt import Level
-from pveplug.config import parse_backup
+from pveplug.config_parse import parse_backup
 from pveplug.diskstream import DiskStream, Progress, RateLimit, scan
 from pveplug.errors import ConfigError
 from pveplug.events import NullReporter, Reporter

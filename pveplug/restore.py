@@ -23,7 +23,8 @@ from typing import Final
 from pveplug.access import check_version, open_api
 from pveplug.bacula import BaculaSession
 from pveplug.bacula_files import IncomingFile
-from pveplug.config import RestoreConfig, parse_restore
+from pveplug.config import RestoreConfig
+from pveplug.config_parse import parse_restore
 from pveplug.diskstream import RateLimit
 from pveplug.errors import (
     ConfigError,

@@ -23,7 +23,8 @@ from typing import Final
 from pveplug.access import check_version, open_api
 from pveplug.bacula import BaculaSession
 from pveplug.bacula_files import IncomingFile
-from pveplug.config import ImportConfig, parse_import
+from pveplug.config import ImportConfig
+from pveplug.config_parse import parse_import
 from pveplug.diskstream import RateLimit
 from pveplug.errors import JobError, RemoteProtocolError
 from pveplug.images.foreign_files import parse_name

@@ -41,7 +41,14 @@ LAYERS: Final = {
         "proveconfig",
     },
     "configuration": {
-        *("config", "parameter", "parameters", "parameters_dr", "parameters_ir"),
+        *(
+            "config",
+            "config_parse",
+            "parameter",
+            "parameters",
+            "parameters_dr",
+            "parameters_ir",
+        ),
         *("pluginstring",),
         *("manual", "dr.receiver_config"),
     },

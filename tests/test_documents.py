@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pveplug.config import parse_backup
+from pveplug.config_parse import parse_backup
 from pveplug.node import Node, load_node
 from pveplug.proto import dr_frames
 from tests.support.documents import MADE, REPOSITORY, anchors, broken_links, documents

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pveplug.bconsole import Head, Part
-from pveplug.config import ProofOrder, parse_backup
+from pveplug.config import ProofOrder
+from pveplug.config_parse import parse_backup
 from pveplug.errors import ConfigError, JobError, RequestError
 from pveplug.events import ListReporter
 from pveplug.pluginstring import where_words

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from pveplug.access import open_api
-from pveplug.config import parse_backup
+from pveplug.config_parse import parse_backup
 from pveplug.node import load_node
 from pveplug.pve import PveRefusalError, Reason
 from pveplug.qmp import Qmp, qmp_session

@@ -7,14 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pveplug.config import (
-    PasswordLogin,
-    TokenLogin,
+from pveplug.config import PasswordLogin, TokenLogin, shown
+from pveplug.config_parse import (
     level_warning,
     parse_backup,
     parse_restore,
     parse_restore_options,
-    shown,
 )
 from pveplug.errors import ConfigError
 from pveplug.node import Node

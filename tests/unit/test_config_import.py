@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from pveplug.config import parse_import
+from pveplug.config_parse import parse_import
 from pveplug.errors import ConfigError
 from pveplug.node import Node
 
