@@ -47,6 +47,8 @@ pytestmark = [
     requires("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
 ]
 VMID = 200
+EVENT_LOG = 256 << 10
+"""Where OVMF's variable store (4m) has it."""
 BARE = {"agent": "0", "boot": "order=scsi0", "description": "its own"}
 
 
@@ -114,11 +116,22 @@ class Stage:
         """Begin, and kill the backend when the VM runs: much is owed."""
         job_id = await self.start(f",restore_bwlimit=1536{options}")
         vm = await self.runs()
-        await kill(self.backend())
-        assert (await self.world.wait(job_id)).status in "fE"
+        await self.killed(job_id)
         here, total = landed(self.world.site, VMID)
         assert here < total, "all had come before"
         return Written(vm, self.chain.disks, 1)
+
+    async def killed(self, job_id: int) -> None:
+        """Kill the backend, and wait until its job has failed.
+
+        bacula-fd is ended after it: with data still to come it would wait for two
+        minutes, in the shutdown of its TLS session with a Storage Daemon that sends.
+        """
+        await kill(self.backend())
+        bacula = self.world.bacula
+        await asyncio.to_thread(bacula.kill, "fd")
+        await asyncio.to_thread(bacula.start_daemon, "fd")
+        assert (await self.world.wait(job_id)).status in "fE"
 
     def backend(self) -> int:
         journal = self.world.site.root / f"ph/lib/vms/{VMID}.json"
@@ -347,8 +360,7 @@ async def test_a_vm_whose_job_was_killed_at_its_start_is_started_by_the_next(
     with halted_api(site, "POST .*/qemu/200/status/start") as halt:
         job_id = await on.start(",restore_bwlimit=1536")
         await halt.reached()
-        await kill(on.backend())
-        assert (await on.world.wait(job_id)).status in "fE"
+        await on.killed(job_id)
     await on.runs()
     await on.vm.stop()
     record = site.root / f"ph/landing/{VMID}/recovery.json"
@@ -463,6 +475,11 @@ async def test_a_disk_that_grew_and_one_for_firmware_are_what_they_were(
     vm = await world.site.create_vm(
         102, {**BARE, "machine": "q35", "bios": "ovmf"}, disks=disks
     )
+    # In the store's event log, which the firmware leaves alone.
+    mark = b"variables as they were backed up"
+    with vm.disk_path("efidisk0").open("r+b") as file:
+        file.seek(EVENT_LOG)
+        file.write(mark)
     try:
         name = await world.define("vmid=102")
         full = await world.run(name, "Full")
@@ -474,14 +491,14 @@ async def test_a_disk_that_grew_and_one_for_firmware_are_what_they_were(
         await vm.qemu_io("scsi0", "write -P 5 2560k 128k")
         incremental = await world.run(name, "Incremental")
         assert incremental.ok, incremental.text
-        variables = vm.disk_path("efidisk0").read_bytes()
         await vm.stop()
         wanted = contents(vm, world.base)
         job = await on.restored(job_ids=[full.job_id, incremental.job_id])
         assert job.ok, job.text
         assert on.vm.running
-        found = on.vm.disk_path("efidisk0")
-        assert found.read_bytes()[:540672] == variables[:540672]
+        with on.vm.disk_path("efidisk0").open("rb") as file:
+            file.seek(EVENT_LOG)
+            assert file.read(len(mark)) == mark
         await on.right(wanted)
     finally:
         await vm.stop()
