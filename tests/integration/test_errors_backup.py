@@ -385,6 +385,7 @@ async def took(guest: Qmp, command: str) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.alone  # another lane's fsyncs hold the store's disk, too
 async def test_a_slow_scratch_store_holds_the_guest_no_longer_than_the_timeout(
     world: ErrorWorld, slow_store: Callable[..., SlowStore]
 ) -> None:
@@ -412,6 +413,7 @@ async def test_a_slow_scratch_store_holds_the_guest_no_longer_than_the_timeout(
     assert max(waited) < 2, (sorted(waited)[-4:], world.backend_log[-3000:])
 
 
+@pytest.mark.alone  # another lane's fsyncs hold the store's disk, too
 async def test_a_slow_scratch_store_holds_a_write_while_it_is_fleeced_and_no_other(
     world: ErrorWorld, slow_store: Callable[..., SlowStore]
 ) -> None:
