@@ -166,6 +166,10 @@ def _prove(arguments: argparse.Namespace) -> int:
         key, equals, value = option.partition("=")
         if not equals or not re.fullmatch("[a-z_]+", key) or key in options:
             raise ConfigError(f"--option {option!r} is not key=value", key=key)
+        if key == "mode":
+            raise ConfigError(
+                f"--option {option!r}: mode is set by this command already", key=key
+            )
         options[key] = value
     order = ProofOrder(options, None, arguments.restore_client, arguments.restore_job)
     console = Console(arguments.console, arguments.console_config)

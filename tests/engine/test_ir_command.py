@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pveplug.cli import main
 from tests.support.scripted_bconsole import program, said
 
 JOB = "n.2026-11-30_14.00.01_01"
@@ -132,3 +133,18 @@ def test_what_fails_says_why_and_exits_as_the_manual_says(
     assert why in err
     assert process.returncode == status
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("mode=instant", "mode is set by this command"),
+        ("prove_memory", "not key=value"),
+    ],
+)
+def test_a_proof_can_t_be_turned_into_something_else(
+    option: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would leave a VM running that its administrator takes for removed."""
+    assert main(["ir", "prove", "--vmid", "100", "--option", option]) == 78
+    assert why in capsys.readouterr().err
