@@ -20,11 +20,11 @@ EX_OK, EX_UNAVAILABLE = 0, 69
 _HEAD = ("VMID", "DISK", "CHAIN", "SEQ", "LEVEL", "KIND", "STATE", "DIRTY", "JOB")
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add ``bitmaps`` and its two actions."""
     parser = commands.add_parser(
         "bitmaps",
-        help="list or drop the change tracking bitmaps on VMs' disks",
+        help=summary,
         description="Look at the bitmaps of ours (ph-…) on the disks of this node's "
         "VMs, running or stopped, or remove them. Run it as root.",
     )

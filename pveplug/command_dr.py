@@ -31,11 +31,11 @@ _HEAD: Final = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add the command to those of ``pveplug``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "dr",
-        help="replicate to a second site, fail over, fail back, see how replicas are",
+        help=summary,
         description="Do at once what a Bacula job with this mode would do. Runs as "
         "root on the source's node (modes that only need the receiver: anywhere).",
         epilog="Exit status: 0 done; 1 with status: a replica is later than dr_rpo; "

@@ -42,11 +42,11 @@ _OPTIONS: Final = {
 """Options of the command, and the parameters they are."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add the command to those of ``pveplug``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "import",
-        help="read VMDK, VHDX, VHD, qcow2 and raw images into a file, or to a new VM",
+        help=summary,
         description="Read disk images of VMware, Hyper-V and QEMU, known by their "
         "content: full ones and their increments in any order, a VMDK's descriptor "
         "with its extents. With --to-vmid a VM is made of them and of its description "

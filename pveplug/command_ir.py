@@ -30,11 +30,11 @@ _FLAGS: Final = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add the command and its own to those of ``pveplug``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "ir",
-        help="instant recovery: run a VM while its disks still come from Bacula",
+        help=summary,
         description="Run a VM from its backup at once, while its disks still arrive.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -85,11 +85,11 @@ port = 9191
 """
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add ``receiver`` and its actions."""
     parser = commands.add_parser(
         "receiver",
-        help="prepare a receiver of replicas on this host",
+        help=summary,
         description="Prepare what the receiver of a disaster recovery site needs.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -24,11 +24,11 @@ _HIGHEST: Final = 999_999_999
 """PVE's own bound."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add the command to those of ``pveplug``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "repair",
-        help="undo what a dead job has left on a VM",
+        help=summary,
         description="Undo what jobs that died have left on this node's VMs: in QEMU, a "
         "frozen guest, a lock, scratch images and volumes, a VM half restored. Nothing "
         "of anybody else's is touched, nor a VM that a job is working on. Runs as root "

@@ -25,11 +25,11 @@ _HOUR: Final = 3600
 _DAY: Final = 86400
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add the command to those of ``pveplug``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "replicas",
-        help="list the replicas of this DR site",
+        help=summary,
         description="List the replicas that this node receives, read from the "
         "receiver's records: it need not run, and nothing is contacted.",
         epilog="Exit status: 0 all are well; 1 at least one needs a look, and a line "

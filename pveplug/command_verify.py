@@ -22,11 +22,11 @@ EX_NOTHING: Final = 66
 STEP_S: Final = 0.5
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, summary: str) -> None:
     """Add the command's arguments to ``pveplug``'s."""
     parser = commands.add_parser(
         "verify",
-        help="compare restored files with their digests",
+        help=summary,
         description="Read files of backups that Bacula restored into a directory, and "
         "say of each whether it is what was backed up, or where it isn't.",
         epilog="Exit status: 0 all is well; 65 something is damaged or missing; 66 "

@@ -13,7 +13,7 @@ import pytest
 
 from pveplug import command_ir
 from pveplug.bconsole import Head, Part
-from pveplug.cli import _parser
+from pveplug.cli import command_parser
 from pveplug.errors import ConfigError, JobError, RequestError
 from pveplug.ir.submit import Plan, make_plan, submit
 from pveplug.pluginstring import where_words
@@ -289,7 +289,7 @@ async def test_a_catalogue_that_changed_under_the_plan_is_seen() -> None:
 
 
 def parsed(*words: str) -> argparse.Namespace:
-    return _parser().parse_args(["ir", "start", "--vmid", "100", *words])
+    return command_parser("ir").parse_args(["ir", "start", "--vmid", "100", *words])
 
 
 async def test_the_arguments_become_one_where() -> None:
@@ -344,7 +344,7 @@ async def test_the_command_to_go_on_means_the_same_backup_and_the_same_vm() -> N
     plan = await plan_of(FakeConsole([part(1, "scsi0"), part(7, "scsi0")]))
     again = shlex.split(command_ir.again_command(arguments, plan))
     assert again[0] == "pveplug"
-    second = _parser().parse_args(again[1:])
+    second = command_parser("ir").parse_args(again[1:])
     assert second.job == "7"
     assert command_ir.where_of(second) == command_ir.where_of(arguments)
     assert (second.console, second.console_config) == (
@@ -358,6 +358,6 @@ async def test_an_id_that_no_vm_has_is_a_wrong_argument(
     vmid: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:
-        _parser().parse_args(["ir", "start", "--vmid", vmid])
+        command_parser("ir").parse_args(["ir", "start", "--vmid", vmid])
     assert raised.value.code == 2
     assert "--vmid" in capsys.readouterr().err

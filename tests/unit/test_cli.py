@@ -6,6 +6,8 @@ import hashlib
 import io
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -15,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from pveplug import __version__
-from pveplug.cli import host_and_port, main, receiver_main
+from pveplug.cli import COMMANDS, main, receiver_main
+from pveplug.command_pin import host_and_port
 from pveplug.errors import ConfigError
 from pveplug.parameters import PARAMETERS
 from pveplug.values import fingerprint
@@ -184,3 +187,31 @@ def test_the_receiver_has_a_program_of_its_own(capsys):
         receiver_main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("podheitor-proxmox-receiver ")
+
+
+def test_a_command_brings_only_what_it_needs() -> None:
+    code = (
+        "import sys\n"
+        "from pveplug.cli import command_parser\n"
+        "command_parser(None).format_help()\n"
+        "print(sorted(m for m in sys.modules if m.startswith('pveplug.')))\n"
+        "command_parser('import')\n"
+        "print('aiohttp' in sys.modules, 'pveplug.command_dr' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "['pveplug.cli', 'pveplug.errors']",
+        "False False",
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"pveplug {command}" in capsys.readouterr().out
