@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -28,19 +27,21 @@ from pveplug.images.stream import (
     ImageEnd,
     ImageNote,
 )
-from pveplug.importing import Found, events
+from pveplug.importing import PIECE, Found, batches
 from pveplug.journal import sync_directory
 from pveplug.nbd.client import connect
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.nbd.sink import NbdSink
 from pveplug.node import Node
 from pveplug.pve_local import run
+from pveplug.readahead import read_ahead
 from pveplug.spill import FileSpill
 from pveplug.tasks import to_the_end
 from pveplug.units import CLUSTER, MiB, human, round_up
 
 _SECTOR: Final = 512
 _TURN: Final = 16 * MiB  # bytes that are written between two looks for a signal
+_AHEAD: Final = 2  # batches that wait: a MiB of the file each, or 8 MiB inflated
 _ZEROES: Final = bytes(1 * MiB)
 
 
@@ -144,18 +145,16 @@ class RawFile:
     async def apply(self, image: Found, *, first: bool, say: Reporter) -> int:
         """Put one image upon what is there; return the bytes of data in it."""
         written = 0
-        with FileSpill() as spill:
-            coming = events(image.paths, image.kind, spill)
-            with contextlib.closing(coming):
-                more = True
-                while more:
-                    # The thread is waited for: file and spill are closed behind us.
-                    more, count, last = await to_the_end(
-                        asyncio.to_thread(self._some, image, coming, first)
-                    )
-                    written += count
-                    for event in last:
-                        _tell(image, event, written, say)
+        with FileSpill() as spill, _coming(image, spill) as coming:
+            more = True
+            while more:
+                # The thread is waited for: the file is closed behind us.
+                more, count, last = await to_the_end(
+                    asyncio.to_thread(self._some, image, coming, first)
+                )
+                written += count
+                for event in last:
+                    _tell(image, event, written, say)
         return written
 
     async def zero(self, offset: int, length: int) -> None:
@@ -165,24 +164,25 @@ class RawFile:
         """All is written; :func:`_publish` makes it durable."""
 
     def _some(
-        self, image: Found, coming: Iterator[Event], first: bool
+        self, image: Found, coming: Iterator[list[Event]], first: bool
     ) -> tuple[bool, int, list[Event]]:
         """Write for a while: whether more comes, bytes of data, what else was told."""
         count = 0
         others: list[Event] = []
-        for number, event in enumerate(coming):
-            match event:
-                case GuestData():
-                    data = event.data[: max(self._size - event.offset, 0)]
-                    self._write(event.offset, data, sparse=first)
-                    count += len(data)
-                case GuestZero() if not first:
-                    self._zero(event.offset, event.offset + event.length)
-                case GuestParent() if first:
-                    raise _orphan(image, event)
-                case ImageNote() | ImageEnd():
-                    others.append(event)
-            if count >= _TURN or number >= 4096:
+        for number, batch in enumerate(coming):
+            for event in batch:
+                match event:
+                    case GuestData():
+                        data = event.data[: max(self._size - event.offset, 0)]
+                        self._write(event.offset, data, sparse=first)
+                        count += len(data)
+                    case GuestZero() if not first:
+                        self._zero(event.offset, event.offset + event.length)
+                    case GuestParent() if first:
+                        raise _orphan(image, event)
+                    case ImageNote() | ImageEnd():
+                        others.append(event)
+            if count >= _TURN or number >= _TURN // PIECE:
                 return True, count, others
         return False, count, others
 
@@ -237,23 +237,27 @@ class _Served:
     async def apply(self, image: Found, *, first: bool, say: Reporter) -> int:
         """Put one image upon what is there; return the bytes of data in it."""
         written, size, sink = 0, self._size, self._sink
-        with FileSpill() as spill:
-            async with aclosing(_in_thread(image, spill)) as coming:
-                async for batch in coming:
-                    for event in batch:
-                        match event:
-                            case GuestData() if event.offset < size:
-                                data = event.data[: size - event.offset]
-                                await sink.write(event.offset, data)
-                                written += len(data)
-                            case GuestZero() if not first and event.offset < size:
-                                length = min(event.length, size - event.offset)
-                                await sink.zero(event.offset, length)
-                            case GuestParent() if first:
-                                raise _orphan(image, event)
-                            case _:
-                                _tell(image, event, written, say)
+        with FileSpill() as spill, _coming(image, spill) as coming:
+            while batch := await to_the_end(asyncio.to_thread(_next_told, coming)):
+                for event in batch:
+                    match event:
+                        case GuestData() if event.offset < size:
+                            data = event.data[: size - event.offset]
+                            await sink.write(event.offset, data)
+                            written += len(data)
+                        case GuestZero() if not first and event.offset < size:
+                            length = min(event.length, size - event.offset)
+                            await sink.zero(event.offset, length)
+                        case GuestParent() if first:
+                            raise _orphan(image, event)
+                        case _:
+                            _tell(image, event, written, say)
         return written
+
+
+def _next_told(coming: Iterator[list[Event]]) -> list[Event]:
+    """Return the next batch that has events; an empty one at the end."""
+    return next(filter(None, coming), [])
 
 
 def _any(data: memoryview) -> bool:
@@ -279,28 +283,17 @@ def _tell(image: Found, event: Event, written: int, say: Reporter) -> None:
         )
 
 
-async def _in_thread(
+@contextlib.contextmanager
+def _coming(
     image: Found, spill: FileSpill
-) -> AsyncGenerator[list[Event], None]:
-    """Read and inflate in a thread, a batch of events at a time."""
-    coming = events(image.paths, image.kind, spill)
+) -> Generator[Iterator[list[Event]], None, None]:
+    """Read and inflate in a thread, a little ahead; yields what is told of an image.
 
-    def next_batch() -> list[Event]:
-        # A view of the piece lives until the reader is asked again: copy.
-        batch: list[Event] = []
-        size = 0
-        for event in coming:
-            if isinstance(event, GuestData):
-                data = bytes(event.data)
-                event = GuestData(event.offset, memoryview(data))
-                size += len(data)
-            batch.append(event)
-            if size >= 4 * MiB or len(batch) >= 4096:
-                break
-        return batch
-
-    while batch := await to_the_end(asyncio.to_thread(next_batch)):
-        yield batch
+    The bytes of a batch are valid until the next is asked for.
+    """
+    source = batches(image.paths, image.kind, spill, keep=_AHEAD + 1)
+    with read_ahead(source, _AHEAD) as coming:
+        yield coming
 
 
 def _publish(part: Path, out: Path) -> None:

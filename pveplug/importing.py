@@ -11,6 +11,7 @@ Reading is one forward pass over each file.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,45 +71,62 @@ def events(
 ) -> Generator[Event, None, None]:
     """Read an image from its first byte to its last.
 
+    An event's bytes are valid until the next event is asked for.
+
     Raises:
         IntegrityError: it is damaged, or of a kind that isn't read.
     """
+    for batch in batches(found, kind, spill):
+        yield from batch
+
+
+def batches(
+    found: Sequence[Path], kind: Format, spill: FileSpill, *, keep: int = 0
+) -> Generator[list[Event], None, None]:
+    """Read an image as :func:`events` does, some events at a time.
+
+    The bytes of a batch are valid until ``keep`` more batches have come and another is
+    asked for.
+    """
     if kind is Format.VMDK_DESCRIPTOR:
-        yield from _set_events(found, spill)
+        yield from _set_batches(found, spill, keep)
         return
     path = found[0]
     reader = reader_for(
         kind, name=path.name, file_size=path.stat().st_size, spill=spill
     )
-    for data in _pieces(path):
-        for told in feed(reader, data):
-            yield from told
-    for told in finish(reader):
-        yield from told
+    for data in _pieces(path, keep):
+        yield from feed(reader, data)
+    yield from finish(reader)
 
 
-def _set_events(paths: Sequence[Path], spill: FileSpill) -> Iterator[Event]:
+def _set_batches(
+    paths: Sequence[Path], spill: FileSpill, keep: int
+) -> Generator[list[Event], None, None]:
     reader = VmdkSet(name=paths[0].name, spill=spill)
     for path in paths:
         reader.begin_file(path.name, path.stat().st_size)
-        for data in _pieces(path):
-            yield from reader.receive_data(data)
+        for data in _pieces(path, keep):
+            yield reader.receive_data(data)
             while reader.pending:
-                yield from reader.receive_data(b"")
-        yield from reader.end_file()
+                yield reader.receive_data(b"")
+        yield reader.end_file()
         while reader.pending:
-            yield from reader.receive_data(b"")
-    yield from reader.receive_eof()
+            yield reader.receive_data(b"")
+    yield reader.receive_eof()
 
 
-def _pieces(path: Path) -> Iterator[memoryview]:
-    """Yield a file's bytes; a piece is valid until the next is asked for."""
-    buffer = bytearray(PIECE)  # one: a fresh one each time is a fresh mapping, too
-    view = memoryview(buffer)
+def _pieces(path: Path, keep: int) -> Iterator[memoryview]:
+    """Yield a file's bytes; a piece is valid until ``keep`` more have come."""
+    # Always the same buffers: a fresh one each time is a fresh mapping, too.
+    buffers = [bytearray(PIECE) for _ in range(keep + 1)]
     try:
         with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                yield view[:count]
+            for buffer in itertools.cycle(buffers):
+                count = file.readinto(buffer)
+                if not count:
+                    return
+                yield memoryview(buffer)[:count]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
 
