@@ -23,7 +23,7 @@ from typing import Final, Protocol
 from pveplug.errors import IntegrityError, JobError
 from pveplug.events import Reporter
 from pveplug.images import vmdk_wire
-from pveplug.images.detect import Format, reader_for
+from pveplug.images.detect import Format, Kind, reader_for
 from pveplug.images.foreign_files import (
     HEAD,
     MAX_DESCRIPTION,
@@ -269,7 +269,7 @@ class ForeignFiles:
     async def _image(
         self,
         arrival: Arrival,
-        kind: Format,
+        kind: Kind,
         first: Batch,
         batches: AsyncGenerator[Batch, None],
     ) -> None:

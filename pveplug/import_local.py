@@ -25,7 +25,7 @@ from pveplug.config import ImportConfig
 from pveplug.diskstream import RateLimit
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.events import Reporter
-from pveplug.images.detect import Format
+from pveplug.images.detect import Format, Kind
 from pveplug.images.foreign_files import (
     MAX_DESCRIPTION,
     Role,
@@ -75,7 +75,7 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
     found = Survey(stdin=STDIN in paths)
     heads = {path: first_of(path) for path in paths if path != STDIN}
     parts = parts_of(heads)
-    kinds: dict[Path, Format] = {}
+    kinds: dict[Path, Kind] = {}
     for path, head in heads.items():
         if path not in parts:
             continue  # an extent: what it begins with tells nothing

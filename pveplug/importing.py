@@ -21,7 +21,7 @@ from typing import Final
 
 from pveplug.errors import ConfigError, IntegrityError
 from pveplug.images import vhd_wire, vmdk_wire
-from pveplug.images.detect import Format, reader_for
+from pveplug.images.detect import Format, Kind, reader_for
 from pveplug.images.foreign_files import HEAD, kind_of
 from pveplug.images.lineage import Link, in_order
 from pveplug.images.stream import (
@@ -45,7 +45,7 @@ class Found:
     """One image: a file, or a VMDK's descriptor and its extents."""
 
     paths: tuple[Path, ...]
-    kind: Format
+    kind: Kind
     info: ImageInfo
     notes: list[str] = field(default_factory=list)
 
@@ -67,7 +67,7 @@ class Found:
 
 
 def events(
-    found: Sequence[Path], kind: Format, spill: FileSpill
+    found: Sequence[Path], kind: Kind, spill: FileSpill
 ) -> Generator[Event, None, None]:
     """Read an image from its first byte to its last.
 
@@ -81,7 +81,7 @@ def events(
 
 
 def batches(
-    found: Sequence[Path], kind: Format, spill: FileSpill, *, keep: int = 0
+    found: Sequence[Path], kind: Kind, spill: FileSpill, *, keep: int = 0
 ) -> Generator[list[Event], None, None]:
     """Read an image as :func:`events` does, some events at a time.
 
@@ -143,7 +143,7 @@ def look(paths: Sequence[Path], raw: Sequence[str] = ()) -> list[Found]:
     """
     heads = {path: first_of(path) for path in paths}
     parts = parts_of(heads)
-    kinds: dict[Path, Format] = {}
+    kinds: dict[Path, Kind] = {}
     for path in parts:
         try:
             kinds[path] = kind_of(
@@ -259,7 +259,7 @@ def _link(image: Found) -> Link:
     return Link(image.name, image.info, image.modified)
 
 
-def one_image(paths: tuple[Path, ...], kind: Format) -> Found:
+def one_image(paths: tuple[Path, ...], kind: Kind) -> Found:
     """Look at one image: read as far as it says what it is.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Final
 from pveplug.errors import IntegrityError
 from pveplug.images import blockdelta, vhd_wire, vhdx_wire, vmdk_wire
 from pveplug.images.blockdelta import BlockDeltaReader
+from pveplug.images.increments import Adapter
 from pveplug.images.qcow2_foreign import Qcow2Reader
 from pveplug.images.raw import RawReader
 from pveplug.images.stream import Spill, StreamReader
@@ -94,8 +95,12 @@ def detect(first: bytes | bytearray | memoryview) -> Format:
     return next((kind for magic, kind in _MAGIC if head.startswith(magic)), Format.RAW)
 
 
+Kind = Format | Adapter
+"""What a file is read as."""
+
+
 def reader_for(
-    kind: Format,
+    kind: Kind,
     *,
     name: str = "image",
     file_size: int | None = None,
@@ -110,4 +115,5 @@ def reader_for(
         raise IntegrityError(
             f"{name} is a VMDK's descriptor; its extents hold the data", offset=0
         )
-    return READERS[kind](name=name, file_size=file_size, spill=spill)
+    make = kind.reader if isinstance(kind, Adapter) else READERS[kind]
+    return make(name=name, file_size=file_size, spill=spill)

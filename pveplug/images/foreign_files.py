@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pveplug.errors import IntegrityError
-from pveplug.images.detect import FIRST, Format, detect
+from pveplug.images.detect import FIRST, Format, Kind, detect
 from pveplug.images.increments import ADAPTERS
 from pveplug.images.vmdk_set import base_name
 from pveplug.units import KiB, MiB
@@ -94,7 +94,7 @@ def role_of(file: str, first: bytes) -> Role:
     Raises:
         IntegrityError: an image of a kind that isn't read.
     """
-    if detect(first[:FIRST]) is not Format.RAW:
+    if detect(first[:FIRST]) is not Format.RAW or ADAPTERS.known(first):
         return Role.DISK
     suffix = suffix_of(file)
     if suffix in _DESCRIPTIONS:
@@ -106,7 +106,7 @@ def role_of(file: str, first: bytes) -> Role:
 
 def kind_of(
     file: str, first: bytes, size: int | None, *, trusted: bool = False
-) -> Format:
+) -> Kind:
     """Say of what format a disk's image is.
 
     What no format's magic tells may be a raw disk, or an increment in a format that
@@ -133,8 +133,7 @@ def kind_of(
     whole = size is None or not size % _SECTOR
     if whole and suffix_of(file) in _RAW and _like_a_disk(first):
         return kind
-    ADAPTERS.reader_for(first, name=file)  # says what was found
-    return kind
+    return ADAPTERS.find(first, name=file)
 
 
 def _like_a_disk(first: bytes) -> bool:

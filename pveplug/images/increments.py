@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from pveplug.errors import IntegrityError, LocalProtocolError
 from pveplug.images.blockdelta import MAGIC, BlockDeltaReader
-from pveplug.images.stream import Spill, StreamReader
+from pveplug.images.stream import StreamReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,18 @@ class Registry:
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._adapters)
 
-    def reader_for(
-        self, first: bytes, *, name: str, spill: Spill | None = None, **more: Any
-    ) -> StreamReader:
-        """Make the reader of an increment that begins with ``first``.
+    def known(self, first: bytes) -> Adapter | None:
+        """Return who can read an increment that begins with ``first``, if anybody."""
+        return next((one for one in self._adapters if one.recognises(first)), None)
+
+    def find(self, first: bytes, *, name: str) -> Adapter:
+        """Return who can read an increment that begins with ``first``.
 
         Raises:
             IntegrityError: nobody knows it; the text lists what was found.
         """
-        for adapter in self._adapters:
-            if adapter.recognises(first):
-                return adapter.reader(name=name, spill=spill, **more)
+        if (adapter := self.known(first)) is not None:
+            return adapter
         known = ", ".join(adapter.name for adapter in self._adapters)
         raise IntegrityError(
             f"{name} is an increment of an unknown format: its first bytes are "
@@ -72,10 +73,6 @@ class Registry:
             "docs/protocols/block-delta.md",
             offset=0,
         )
-
-
-def _is_container(first: bytes) -> bool:
-    return first.startswith(MAGIC)
 
 
 def _printable(data: bytes) -> str:

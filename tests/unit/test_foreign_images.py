@@ -463,11 +463,12 @@ def test_an_unknown_increment_is_refused_with_what_was_found():
     with pytest.raises(
         IntegrityError, match=r"48 56 42 44 .*\(HVBD.*known are block-d"
     ):
-        ADAPTERS.reader_for(b"HVBD" + bytes(28), name="disk.delta")
+        ADAPTERS.find(b"HVBD" + bytes(28), name="disk.delta")
     registry = Registry()
     sister = Adapter("hyperv-rct", lambda head: head[:4] == b"HVBD", BlockDeltaReader)
     registry.register(sister)
-    assert isinstance(registry.reader_for(b"HVBD", name="x"), BlockDeltaReader)
+    assert registry.find(b"HVBD", name="x") is sister
+    assert isinstance(reader_for(sister), BlockDeltaReader)
     assert [adapter.name for adapter in registry] == ["block-delta", "hyperv-rct"]
     with pytest.raises(LocalProtocolError):
         registry.register(sister)

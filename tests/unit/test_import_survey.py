@@ -12,6 +12,9 @@ import pytest
 from pveplug.describe.guest import Bus, GuestDescription, GuestDisk
 from pveplug.errors import ConfigError, IntegrityError, RequestError
 from pveplug.events import ListReporter
+from pveplug.images.blockdelta import BlockDeltaReader
+from pveplug.images.increments import ADAPTERS, Adapter
+from pveplug.images.stream import Flow
 from pveplug.import_local import STDIN, survey
 from pveplug.import_out import RawFile
 from pveplug.import_vm import bind, plain_name
@@ -267,3 +270,39 @@ def test_a_disk_nobody_described_is_attached_all_the_same() -> None:
 )
 def test_a_name_is_made_fit_for_proxmox(text: str, name: str) -> None:
     assert plain_name(text) == name
+
+
+class SisterReader(BlockDeltaReader):
+    """An increment in a format of somebody's own: the container behind eight bytes."""
+
+    def _run(self) -> Flow[None]:
+        yield from self._skip(8)
+        yield from super()._run()
+
+
+async def test_an_adapter_reads_what_it_knows_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [*ADAPTERS]
+    monkeypatch.setattr(ADAPTERS, "_adapters", known)
+    full = raw(tmp_path / "full.raw")
+    digest = hashlib.sha256(full.read_bytes()).hexdigest()
+    # Of whole sectors, beside the disks' own companions in name.
+    child = delta(
+        tmp_path / "web.rct", f"sha256:{digest}", "c", SIZE, [(0, b"x" * 512)]
+    )
+    child.write_bytes(b"HVRCTLOG" + child.read_bytes())
+    assert survey([full, child]).passed_over == [child]
+    ADAPTERS.register(
+        Adapter("rct-log", lambda head: head.startswith(b"HVRCTLOG"), SisterReader)
+    )
+    chain = look([child, full])
+    assert [image.name for image in chain] == [str(full), str(child)]
+    assert [i.name for i in survey([child, full]).disks[0]] == [str(full), str(child)]
+    out = tmp_path / "out"
+    with out.open("x+b", buffering=0) as file:
+        file.truncate(SIZE)
+        target = RawFile(file.fileno(), SIZE, "out")
+        for number, image in enumerate(chain):
+            await target.apply(image, first=not number, say=ListReporter())
+    assert out.read_bytes() == b"x" * 512 + full.read_bytes()[512:]
