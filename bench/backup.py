@@ -52,6 +52,7 @@ def measure(*, small: bool, rounds: int) -> list[Row]:
                 lambda: convert,
                 rounds=rounds,
                 between=lambda: Path(qcow2).unlink(missing_ok=True),
+                fresh=size,
                 plumbing=(drained, Plumbing()),
             )
     name = "full backup path into a pipe"

@@ -95,6 +95,7 @@ def one(base: Path, disk: Path, name: str, words: str, rounds: int) -> Row:
             lambda: theirs,
             rounds=rounds,
             between=lambda: out.unlink(missing_ok=True),
+            fresh=size,
         )
     row = throughput("foreign", name, size, sides, at_least=AT_LEAST)
     shutil.rmtree(folder)

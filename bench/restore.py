@@ -78,6 +78,7 @@ def full(base: Path, size: int, rounds: int) -> list[Row]:
             lambda: ["nbdcopy", str(image), url(target.socket)],
             rounds=rounds,
             between=target.renew,
+            fresh=size,
             plumbing=(Plumbing(feed=stored.feed), NOTHING),
         )
         target.must_equal(image)
@@ -102,6 +103,7 @@ def chain(base: Path, size: int, rounds: int) -> list[Row]:
             lambda: ["sh", "-c", floor],
             rounds=rounds,
             between=target.renew,
+            fresh=size,
             plumbing=(Plumbing(feed=stored.feed), NOTHING),
         )
         target.renew()

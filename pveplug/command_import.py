@@ -12,7 +12,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pveplug.config_parse import parse_import
 from pveplug.errors import (
     ConfigError,
     DescriptionError,
@@ -23,9 +22,7 @@ from pveplug.errors import (
 from pveplug.import_out import import_to_file
 from pveplug.importing import Found, look
 from pveplug.node import Node, load_node
-from pveplug.pluginstring import quoted
 from pveplug.units import human
-from pveplug.vmconfig import parse_size
 
 EX_OK: Final = 0
 EX_DATA: Final = 65
@@ -158,7 +155,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _to_vm(arguments: argparse.Namespace, node: Node) -> int:
+    # Not needed to write a file, and a good part of the time a small one takes.
+    from pveplug.config_parse import parse_import
     from pveplug.import_local import import_to_vm, read_small, survey
+    from pveplug.vmconfig import parse_size
 
     config = parse_import(node=node, given=_words(arguments))
     if arguments.parallel < 1:
@@ -214,6 +214,8 @@ def _until_signal(job: Callable[[], Coroutine[Any, Any, int]]) -> int:
 
 def _words(arguments: argparse.Namespace) -> str:
     """Return what the options say, as in a plug-in string."""
+    from pveplug.pluginstring import quoted
+
     words = []
     for word in arguments.words:
         key, equals, value = word.partition("=")

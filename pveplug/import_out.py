@@ -14,7 +14,7 @@ import os
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from pveplug.errors import ConfigError, IntegrityError, RequestError
 from pveplug.events import Reporter
@@ -29,15 +29,14 @@ from pveplug.images.stream import (
 )
 from pveplug.importing import PIECE, Found, batches
 from pveplug.journal import sync_directory
-from pveplug.nbd.client import connect
-from pveplug.nbd.qemu_nbd import qemu_nbd
-from pveplug.nbd.sink import NbdSink
 from pveplug.node import Node
-from pveplug.pve_local import run
 from pveplug.readahead import read_ahead
 from pveplug.spill import FileSpill
 from pveplug.tasks import to_the_end
 from pveplug.units import CLUSTER, MiB, human, round_up
+
+if TYPE_CHECKING:
+    from pveplug.nbd.sink import NbdSink
 
 _SECTOR: Final = 512
 _TURN: Final = 16 * MiB  # bytes that are written between two looks for a signal
@@ -100,6 +99,8 @@ async def _create(part: Path, fmt: str, size: int, node: Node) -> None:
 
     await asyncio.to_thread(make)
     if fmt != "raw":
+        from pveplug.pve_local import run
+
         argv = [node.qemu_img, "create", "-q", "-f", fmt, str(part), str(size)]
         await run(argv, timeout_s=60)
 
@@ -120,6 +121,11 @@ async def _target(
         with part.open("r+b", buffering=0) as file:
             yield RawFile(file.fileno(), size, str(part))
         return
+    # A raw file needs none of these, which take longer to load than a small one.
+    from pveplug.nbd.client import connect
+    from pveplug.nbd.qemu_nbd import qemu_nbd
+    from pveplug.nbd.sink import NbdSink
+
     async with (
         qemu_nbd(
             node, str(part), fmt, socket_dir=node.runtime_dir, read_only=False

@@ -107,13 +107,18 @@ def _set_batches(
     for path in paths:
         reader.begin_file(path.name, path.stat().st_size)
         for data in _pieces(path, keep):
-            yield reader.receive_data(data)
-            while reader.pending:
-                yield reader.receive_data(b"")
-        yield reader.end_file()
-        while reader.pending:
-            yield reader.receive_data(b"")
+            yield from _all_of(reader, reader.receive_data(data))
+        yield from _all_of(reader, reader.end_file())
     yield reader.receive_eof()
+
+
+def _all_of(reader: VmdkSet, batch: list[Event]) -> Iterator[list[Event]]:
+    """Yield a batch and what is pending, but no empty one behind others."""
+    while reader.pending:
+        if more := reader.receive_data(b""):
+            yield batch
+            batch = more
+    yield batch
 
 
 def _pieces(path: Path, keep: int) -> Iterator[memoryview]:
