@@ -268,7 +268,8 @@ class StreamReader(abc.ABC):
         except StopIteration:
             self._over = True
         except IntegrityError as error:
-            self._failure = error
+            # Not the error itself: its traceback would keep all there is alive.
+            self._failure = IntegrityError(str(error), offset=error.offset)
             self._view, self._low = EMPTY, 0
             self._flow.close()
             raise

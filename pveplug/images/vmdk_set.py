@@ -144,7 +144,9 @@ class VmdkSet:
         try:
             out = next(self._more, None)
         except IntegrityError as error:
-            self._failure, self._readers, self.pending = error, [], False
+            # Not the error itself: its traceback would keep all there is alive.
+            self._failure = IntegrityError(str(error), offset=error.offset)
+            self._readers, self.pending = [], False
             raise
         self.pending = out is not None
         return out or []

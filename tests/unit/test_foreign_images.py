@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import struct
 import tracemalloc
 import uuid
+import weakref
 import zlib
 
 import pytest
@@ -511,3 +514,22 @@ def test_parents_are_checked_by_all_that_a_format_offers():
 def test_a_disk_that_grew_shows_zeroes():
     infos = [ImageInfo("qcow2", "v3", size) for size in (100, 40, 100)]
     assert zeroes_after(infos) == [(0, 100), (100, 100), (40, 100)]
+
+
+def test_a_reader_that_failed_keeps_nothing():
+    class Bytes(bytearray):
+        """Can be looked for."""
+
+    gc.disable()
+    try:
+        for reader in (reader_for(Format.VHDX), reader_for(Format.VMDK_SPARSE)):
+            data = Bytes(b"vhdxfile".ljust(MIB, b"\xff"))
+            looked_for = weakref.ref(data)
+            with contextlib.suppress(IntegrityError):
+                reader.receive_data(data)
+            del data
+            assert looked_for() is None
+            with pytest.raises(IntegrityError):
+                reader.receive_data(b"x")
+    finally:
+        gc.enable()
