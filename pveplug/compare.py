@@ -89,7 +89,9 @@ async def compare(
     """
     changed = ClusterMap(client.size)
     cutter = Cutter(client.size, keys)
-    reader = OrderedReader(client, allowed=limit.in_flight)
+    reader = OrderedReader(
+        client, request_bytes=limit.request_bytes, allowed=limit.in_flight
+    )
     given = _GiveBack(client) if trim else None
     progress.total = found.data_bytes
     told: Iterator[Window] = windows(row, client.size)

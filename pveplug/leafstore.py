@@ -27,7 +27,7 @@ import os
 import shutil
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +125,15 @@ class Recording:
             return
         try:
             self._writer.add(cluster, found)
+        except (OSError, IntegrityError) as error:
+            self._give_up(error)
+
+    def add_all(self, first: int, found: Sequence[bytes | None]) -> None:
+        """Add clusters in a row, as :meth:`add` each."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.add_all(first, found)
         except (OSError, IntegrityError) as error:
             self._give_up(error)
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from blake3 import blake3
@@ -160,6 +160,16 @@ class _Hasher:
         place = (offset >> self._bits) - self._chunk * self._per_chunk
         self._kinds[place] = _DATA
 
+    def add_clusters(self, offset: int, found: Sequence[bytes]) -> None:
+        """Add whole data clusters of one chunk by their BLAKE3-256."""
+        count = len(found)
+        self.data_bytes += count << self._bits
+        self._open(offset >> self.chunk_bits)
+        self._has_data = True
+        self._hash.update(b"".join(found))
+        place = (offset >> self._bits) - self._chunk * self._per_chunk
+        self._kinds[place : place + count] = b"d" * count
+
     def _open(self, chunk: int) -> None:
         if chunk == self._chunk:
             return
@@ -254,6 +264,33 @@ class DigestWriter:
         self._at = end
         if end == run.end:
             self._run = next(self._runs, None)
+
+    def add_all(self, first: int, found: Sequence[bytes | None]) -> None:
+        """Add clusters in a row, as :meth:`add` each: those of a chunk at a time.
+
+        Raises:
+            IntegrityError: as :meth:`add`.
+        """
+        size, at = 1 << self._bits, 0
+        while at < len(found):
+            offset = (first + at) << self._bits
+            run = self._run
+            if run is None or offset != self._at or offset < run.offset:
+                count = 1
+            else:  # whole clusters of this run and this chunk
+                chunk = 1 << self._hasher.chunk_bits
+                end = min(run.end, (offset & -chunk) + chunk)
+                count = min((end - offset) >> self._bits, len(found) - at)
+            if run is None or run.kind is not Kind.DATA or count < 2:
+                self.add(first + at, found[at])
+                at += 1
+                continue
+            part = [one or hash_of_zeroes(size) for one in found[at : at + count]]
+            self._hasher.add_clusters(offset, part)
+            at += count
+            self._at = offset + (count << self._bits)
+            if self._at == run.end:
+                self._run = next(self._runs, None)
 
     def _pass(self, offset: int) -> None:
         """Take what lies before ``offset`` as the map has it, data as zeroes."""

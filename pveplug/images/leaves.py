@@ -301,6 +301,17 @@ class LeafWriter:
         else:
             self._runs.data(cluster, self._keys.leaf_of(found))
 
+    def add_all(self, first: int, found: Sequence[bytes | None]) -> None:
+        """Add clusters in a row, as :meth:`add` each."""
+        zero = self._zero is not None and self._zero[0] < first + len(found)
+        if zero or None in found:
+            for cluster, one in enumerate(found, first):
+                self.add(cluster, one)
+            return
+        self._missing -= len(found)
+        leaf_of = self._keys.leaf_of
+        self._runs.data(first, b"".join([leaf_of(one) for one in found if one]))
+
     def _pass(self, cluster: int) -> None:
         while self._zero is not None and self._zero[0] < cluster:
             first, end = self._zero

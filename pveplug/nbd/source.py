@@ -36,7 +36,7 @@ from pveplug.nbd.client import NbdClient
 from pveplug.nbd.connection import Pending
 from pveplug.proto import nbd_wire as wire
 from pveplug.proto.nbd_request import Runs
-from pveplug.units import CLUSTER, GiB, KiB, MiB, round_down, round_up
+from pveplug.units import CLUSTER, GiB, MiB, round_down, round_up
 
 WINDOW: Final = 4 * GiB - CLUSTER
 """The longest aligned question without extended headers: 26 of them for 100 GiB."""
@@ -212,7 +212,7 @@ def is_zero(buffer: bytearray | memoryview, start: int, length: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Bytes of the disk, valid until the reader is asked for the next.
+    """Bytes of the disk, valid until the reader is asked for the next but ``keep``.
 
     ``buffer`` may be longer than ``length``; ``view`` is its first ``length`` bytes.
     """
@@ -228,7 +228,8 @@ class OrderedReader:
 
     Buffers are reused; read-ahead is bounded by ``in_flight_bytes`` (2-4 MiB measured
     best: more falls out of the processor's cache), and by ``allowed()`` requests, asked
-    each time. There are no tasks: leaving the
+    each time. ``keep`` slots stay valid behind the one that is yielded. There are no
+    tasks: leaving the
     iteration, by any way, abandons the requests under way. A generator that was left
     by ``break`` does so when it is closed, so prefer ``contextlib.aclosing``.
     """
@@ -237,9 +238,10 @@ class OrderedReader:
         self,
         client: NbdClient,
         *,
-        request_bytes: int = 512 * KiB,
+        request_bytes: int = 1 * MiB,
         in_flight_bytes: int = 4 * MiB,
         allowed: Callable[[], int] | None = None,
+        keep: int = 0,
     ) -> None:
         self._client = client
         self._request = max(
@@ -248,6 +250,7 @@ class OrderedReader:
         )
         self._depth = max(in_flight_bytes // self._request, 1)
         self._allowed = allowed or (lambda: self._depth)
+        self._keep = keep
         self._free: list[bytearray] = []
 
     async def read(self, runs: Iterable[tuple[int, int]]) -> AsyncIterator[Slot]:
@@ -257,7 +260,7 @@ class OrderedReader:
         """
         pieces = self._pieces(runs)
         under_way: deque[tuple[Slot, Pending | None]] = deque()
-        mine: bytearray | None = None  # in the consumer's hands
+        theirs: deque[bytearray] = deque()  # in the consumer's hands
         try:
             while True:
                 while len(under_way) < max(min(self._depth, self._allowed()), 1):
@@ -273,17 +276,16 @@ class OrderedReader:
                 else:
                     await self._client.read_into(slot.offset, slot.view)
                 under_way.popleft()
-                mine = slot.buffer
+                theirs.append(slot.buffer)
                 yield slot
-                self._free.append(mine)
-                mine = None
+                if len(theirs) > self._keep:
+                    self._free.append(theirs.popleft())
         finally:
             for slot, pending in under_way:
                 if pending is not None:
                     pending.abandon()
                 self._free.append(slot.buffer)
-            if mine is not None:
-                self._free.append(mine)
+            self._free += theirs
             del self._free[self._depth :]
 
     def _start(self, offset: int, length: int) -> tuple[Slot, Pending | None]:

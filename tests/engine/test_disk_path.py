@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from pveplug.diskstream import (
     read_ranges,
     scan,
 )
-from pveplug.errors import IntegrityError, NbdError
+from pveplug.errors import IntegrityError, NbdError, TransportError
 from pveplug.images.chain import Chain, JobRecord
 from pveplug.images.clusters import ClusterMap
 from pveplug.images.digests import DigestWriter
@@ -472,3 +473,76 @@ async def test_the_rate_limit_makes_readers_wait(
     for _ in range(4):
         await limit.spend(500)
     assert slept == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+class LateFile(MemoryFile):
+    """Copies what it is given only when the stream has gone on for a while."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.fails_at = fails_at
+        self.under_way = self.most = 0
+
+    async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            if self.fails_at is not None and offset >= self.fails_at:
+                raise TransportError("the pipe is gone")
+            await super().write(offset, *buffers)
+        finally:
+            self.under_way -= 1
+
+
+async def sent_to(base: Path, disk: bytearray, out: MemoryFile) -> None:
+    manner = Manner(contexts={BASE: [(len(disk), 0)]})
+    async with serving(str(base / "s"), lambda: ModelServer(disk, manner)) as address:
+        async with await connect(address, contexts=[BASE]) as client:
+            clusters = await scan(client, context=None, known=0)
+            stream = DiskStream(
+                client, clusters, backing=None, trim=False, limit=RateLimit(0)
+            )
+            try:
+                await stream.send(out)
+            finally:
+                await stream.aclose()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+async def test_a_sink_that_is_slow_gets_the_bytes_that_were_read(
+    short_tmp: Path, share: float
+) -> None:
+    disk = scribbled(24 * MiB + 512, 3, share)
+    disk[8 * MiB : 15 * MiB] = bytes(7 * MiB)  # slots from which nothing is written
+    prompt, late = MemoryFile(), LateFile()
+    await sent_to(short_tmp, disk, prompt)
+    await sent_to(short_tmp, disk, late)
+    assert late.pieces == prompt.pieces
+    assert late.most == 1
+
+
+async def test_a_sink_that_fails_ends_the_stream(short_tmp: Path) -> None:
+    disk = scribbled(16 * MiB, 4, 1.0)
+    late = LateFile(fails_at=6 * MiB)
+    with pytest.raises(TransportError, match="pipe is gone"):
+        await sent_to(short_tmp, disk, late)
+    assert late.under_way == 0
+    assert all(offset < 6 * MiB for offset, _ in late.pieces)
+    # The last write of all: nothing else would look at what became of it.
+    late = LateFile(fails_at=16 * MiB)
+    with pytest.raises(TransportError, match="pipe is gone"):
+        await sent_to(short_tmp, disk, late)
+
+
+async def test_a_stream_that_is_cancelled_leaves_no_write(short_tmp: Path) -> None:
+    late = LateFile()
+    job = asyncio.create_task(sent_to(short_tmp, scribbled(64 * MiB, 5, 1.0), late))
+    while len(late.pieces) < 5:
+        await asyncio.sleep(0)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert late.under_way == 0
+    assert not [t for t in asyncio.all_tasks() if t.get_name() == "write"]

@@ -20,7 +20,7 @@ from pveplug.errors import (
 from pveplug.extents import Kind
 from pveplug.nbd.client import UnixAddress, connect
 from pveplug.nbd.sink import NbdSink
-from pveplug.nbd.source import OrderedReader, extents
+from pveplug.nbd.source import OrderedReader, Slot, extents
 from pveplug.proto import nbd_wire as wire
 from pveplug.proto.nbd_wire import Command, TransmissionFlag
 from tests.support.nbd_model import FLAGS, Manner, ModelServer, listening, serving
@@ -193,7 +193,7 @@ async def test_a_failed_read_fails_the_iteration_and_leaves_the_client_usable(tm
         with pytest.raises(NbdError, match="EIO"):
             async for slot in OrderedReader(client).read([(0, SIZE)]):
                 seen.append(slot.offset)
-        assert seen == [0, 512 * KiB, MiB]
+        assert seen == [0, MiB, 2 * MiB]
         manner.fail = None
         assert await client.read(0, 16) == bytes(16)
 
@@ -204,7 +204,8 @@ async def test_reads_come_in_order_joined_and_cut_at_the_request_size(tmp_path):
     async with served(tmp_path, manner, disk) as (client, _):
         runs = [(64 * KiB, 64 * KiB), (128 * KiB, 2 * MiB), (5 * MiB + 512, 100)]
         got, buffers = [], set()
-        async for slot in OrderedReader(client, in_flight_bytes=MiB).read(runs):
+        reader = OrderedReader(client, request_bytes=512 * KiB, in_flight_bytes=MiB)
+        async for slot in reader.read(runs):
             assert slot.view == disk[slot.offset : slot.offset + slot.length]
             got.append((slot.offset, slot.length))
             buffers.add(id(slot.buffer))
@@ -217,6 +218,19 @@ async def test_reads_come_in_order_joined_and_cut_at_the_request_size(tmp_path):
             (5 * MiB + 512, 100),
         ]
         assert len(buffers) <= 2
+
+
+async def test_slots_that_are_kept_stay_as_they_are(tmp_path):
+    disk = bytearray(random.Random(9).randbytes(SIZE))
+    async with served(tmp_path, disk=disk) as (client, _):
+        reader = OrderedReader(
+            client, request_bytes=256 * KiB, in_flight_bytes=MiB, keep=2
+        )
+        last: list[Slot] = []
+        async for slot in reader.read([(0, SIZE)]):
+            last = [*last, slot][-3:]
+            for one in last:
+                assert one.view == disk[one.offset : one.offset + one.length]
 
 
 async def test_a_consumer_that_stops_leaves_nothing_and_slots_can_be_reused(tmp_path):
