@@ -12,7 +12,8 @@ ZERO: where sources disagree, DATA wins, because reading too much is only slow.
                                              ^ zero only in part: nothing is known of
                                                its other bytes, so all of it is read
 
-1 TiB is 16 Mi clusters, two bitmaps of 2 MiB. In a bitmap, cluster ``n`` is bit
+1 TiB is 16 Mi clusters, two bitmaps of 2 MiB, of which only those pages take memory
+that have a bit set. In a bitmap, cluster ``n`` is bit
 ``n % 8`` (least significant first) of byte ``n // 8``; bits after the disk's end are 0.
 Whole ranges are handled as Python integers made of at most 64 KiB of bitmap, so
 nothing here costs memory in proportion to the number of extents.
@@ -20,6 +21,7 @@ nothing here costs memory in proportion to the number of extents.
 
 from __future__ import annotations
 
+import mmap
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -45,7 +47,14 @@ _VERSION: Final = 1
 _CHECK: Final = 4
 
 
-def set_runs(bitmap: bytearray, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _bitmap(bits: int) -> mmap.mmap:
+    """Make a bitmap of zeroes, which takes no memory before a bit is set."""
+    # A bytearray is written to become zero; shared memory is taken by reading it, too.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return mmap.mmap(-1, (bits + 7) // 8, flags=flags)
+
+
+def set_runs(bitmap: mmap.mmap, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Yield the runs ``(start, end)`` of one bits among bits ``first`` to ``last - 1``.
 
     Empty and full windows cost one ``memcmp``; others become a string of digits in
@@ -92,7 +101,7 @@ def set_runs(bitmap: bytearray, first: int, last: int) -> Iterator[tuple[int, in
         yield opened, last
 
 
-def _fill(bitmap: bytearray, first: int, last: int) -> None:
+def _fill(bitmap: mmap.mmap, first: int, last: int) -> None:
     """Set bits ``first`` to ``last - 1``."""
     low, high = first >> 3, last >> 3
     if low == high:
@@ -108,7 +117,7 @@ def _fill(bitmap: bytearray, first: int, last: int) -> None:
         bitmap[high] |= (1 << (last & 7)) - 1
 
 
-def _clear(bitmap: bytearray, first: int, last: int) -> None:
+def _clear(bitmap: mmap.mmap, first: int, last: int) -> None:
     """Clear bits ``first`` to ``last - 1``."""
     low, high = first >> 3, last >> 3
     if low == high:
@@ -119,12 +128,13 @@ def _clear(bitmap: bytearray, first: int, last: int) -> None:
         low += 1
     for at in range(low, high, _STEP):
         width = min(_STEP, high - at)
-        bitmap[at : at + width] = _NONE if width == _STEP else _NONE[:width]
+        if not _NONE.startswith(bitmap[at : at + width]):
+            bitmap[at : at + width] = _NONE if width == _STEP else _NONE[:width]
     if last & 7:
         bitmap[high] &= 0xFF ^ ((1 << (last & 7)) - 1)
 
 
-def _or_into(target: bytearray, other: bytearray) -> None:
+def _or_into(target: mmap.mmap, other: mmap.mmap) -> None:
     """``target |= other``, over what both have."""
     for at in range(0, min(len(target), len(other)), _STEP):
         theirs = other[at : at + _STEP]
@@ -138,7 +148,7 @@ def _or_into(target: bytearray, other: bytearray) -> None:
         target[at : at + width] = joined.to_bytes(width, "little")
 
 
-def _drop_from(target: bytearray, other: bytearray) -> None:
+def _drop_from(target: mmap.mmap, other: mmap.mmap) -> None:
     """``target &= ~other``, over what both have."""
     for at in range(0, min(len(target), len(other)), _STEP):
         theirs = other[at : at + _STEP]
@@ -151,7 +161,7 @@ def _drop_from(target: bytearray, other: bytearray) -> None:
         target[at : at + width] = left.to_bytes(width, "little")
 
 
-def _bits(bitmap: bytearray) -> int:
+def _bits(bitmap: mmap.mmap) -> int:
     """Count the one bits."""
     total = 0
     for at in range(0, len(bitmap), _STEP):
@@ -185,8 +195,8 @@ class ClusterMap:
         self.size = size
         self.cluster_bits = cluster_bits
         self.clusters = ((size - 1) >> cluster_bits) + 1
-        self.data = bytearray((self.clusters + 7) // 8)
-        self.zero = bytearray((self.clusters + 7) // 8)
+        self.data = _bitmap(self.clusters)
+        self.zero = _bitmap(self.clusters)
 
     @classmethod
     def all_data(
@@ -208,8 +218,8 @@ class ClusterMap:
         return (
             self.size == other.size
             and self.cluster_bits == other.cluster_bits
-            and self.data == other.data
-            and self.zero == other.zero
+            and self.data[:] == other.data[:]
+            and self.zero[:] == other.zero[:]
         )
 
     __hash__ = None  # type: ignore[assignment]  # it changes
@@ -228,9 +238,8 @@ class ClusterMap:
         """Return a copy for a disk of another size: cut off, or CLEAN at the end."""
         made = ClusterMap(size, self.cluster_bits)
         for mine, theirs in ((made.data, self.data), (made.zero, self.zero)):
-            width = min(len(mine), len(theirs))
-            mine[:width] = theirs[:width]
-            if made.clusters & 7 and width == len(mine):
+            _or_into(mine, theirs)
+            if made.clusters & 7 and len(mine) <= len(theirs):
                 mine[-1] &= (1 << (made.clusters & 7)) - 1
         return made
 
@@ -279,7 +288,8 @@ class ClusterMap:
         if last == first + 1:  # the usual case of a scattered increment
             at, bit = first >> 3, 1 << (first & 7)
             self.data[at] |= bit
-            self.zero[at] &= ~bit & 0xFF
+            if self.zero[at] & bit:
+                self.zero[at] &= ~bit & 0xFF
             return
         _fill(self.data, first, last)
         _clear(self.zero, first, last)
@@ -323,7 +333,7 @@ class ClusterMap:
         """Bytes of the disk in ZERO clusters."""
         return self._bytes(self.zero)
 
-    def _bytes(self, bitmap: bytearray) -> int:
+    def _bytes(self, bitmap: mmap.mmap) -> int:
         total = _bits(bitmap) << self.cluster_bits
         last = self.clusters - 1
         if bitmap[last >> 3] >> (last & 7) & 1:
@@ -381,7 +391,7 @@ class ClusterMap:
         return self._only(self.zero, Kind.ZERO, start, end)
 
     def _only(
-        self, bitmap: bytearray, kind: Kind, start: int, end: int | None
+        self, bitmap: mmap.mmap, kind: Kind, start: int, end: int | None
     ) -> Iterator[Extent]:
         end = self.size if end is None else min(end, self.size)
         if start >= end:
@@ -434,7 +444,10 @@ class ClusterMap:
         head = _PACKED.pack(_MAGIC, _VERSION, self.cluster_bits, 0, self.size)
         packer = zstandard.ZstdCompressor(level=3)
         stream = packer.compressobj(size=len(self.data) + len(self.zero))
-        parts = [head, stream.compress(self.data), stream.compress(self.zero)]
+        parts = [
+            head,
+            *(stream.compress(memoryview(b)) for b in (self.data, self.zero)),
+        ]
         packed = b"".join((*parts, stream.flush()))
         return packed + zlib.crc32(packed).to_bytes(_CHECK, "big")
 
@@ -468,10 +481,11 @@ class ClusterMap:
                 for bitmap in (made.data, made.zero):
                     at = 0
                     while at < width:
-                        part = reader.read(min(width - at, 1 << 20))
+                        part = reader.read(min(width - at, _STEP))
                         if not part:
                             raise IntegrityError("cluster map: cut short")
-                        bitmap[at : at + len(part)] = part
+                        if not _NONE.startswith(part):
+                            bitmap[at : at + len(part)] = part
                         at += len(part)
                 if reader.read(1):
                     raise IntegrityError("cluster map: longer than its disk")
@@ -480,8 +494,8 @@ class ClusterMap:
         spare = 0xFF & -(1 << (made.clusters & 7)) if made.clusters & 7 else 0
         if (made.data[-1] | made.zero[-1]) & spare:
             raise IntegrityError("cluster map: marks clusters beyond the disk")
-        before = bytes(made.zero)
+        before = made.zero[:]
         _drop_from(made.zero, made.data)
-        if made.zero != before:
+        if made.zero[:] != before:
             raise IntegrityError("cluster map: a cluster is both data and zero")
         return made

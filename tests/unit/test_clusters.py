@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +139,25 @@ def test_a_full_map_of_a_huge_disk_is_one_run():
     assert list(made.runs()) == [Extent(0, TiB + 512, Kind.DATA)]
     made.mark(Extent(0, 10 * GiB, Kind.ZERO))
     assert made.zero_bytes == 0
+
+
+def test_a_map_takes_memory_only_for_what_is_marked():
+    """Two bits for each cluster of 16 TiB are 64 MiB."""
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * mmap.PAGESIZE
+
+    before = resident()
+    clusters = ClusterMap(16 * TiB)
+    for at in range(0, 16 * TiB, 2 * TiB):
+        clusters.mark_range(at, GiB, Kind.DATA)
+        clusters.mark_range(at + TiB, GiB, Kind.ZERO)
+    assert sum(1 for _ in clusters.runs()) == 32
+    again = ClusterMap.from_bytes(clusters.to_bytes())
+    assert again == clusters
+    assert again.resized(17 * TiB).union(clusters.copy()).counts() == (
+        clusters.counts()
+    )
+    assert clusters.minus(again).data_bytes == 0
+    assert resident() - before < 8 * MiB
