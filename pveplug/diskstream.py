@@ -37,6 +37,8 @@ REQUEST: Final = 512 * KiB
 """Of a reader that may be slowed, or is to leave little behind."""
 LONG_REQUEST: Final = 1 * MiB
 """A fifth less processor time, and no more bytes under way."""
+LONG_WRITE: Final = 256 * KiB
+"""Shorter ones aren't worth a task."""
 TRIM_STEP: Final = 4 * MiB
 """Give scratch space back in pieces of this size: one request per 4 MiB read."""
 TRIM_AHEAD: Final = 4 * MiB
@@ -385,9 +387,13 @@ class DiskStream:
     ) -> None:
         """Begin to write a part of a slot, while the next is looked at."""
         await self._written()
-        task = asyncio.create_task(out.write(place, slot.view[start:end]), name="write")
-        self._writing, self._writing_from = task, slot
-        await asyncio.sleep(0)  # so that it has begun
+        writing = out.write(place, slot.view[start:end])
+        if end - start < LONG_WRITE:
+            await writing
+        else:
+            self._writing = asyncio.create_task(writing, name="write")
+            self._writing_from = slot
+            await asyncio.sleep(0)  # so that it has begun
         self.progress.sent += end - start
 
     async def _written(self) -> None:
