@@ -47,7 +47,8 @@ def add_parser(commands: Any, summary: str) -> None:
         description="Read disk images of VMware, Hyper-V and QEMU, known by their "
         "content: full ones and their increments in any order, a VMDK's descriptor "
         "with its extents. With --to-vmid a VM is made of them and of its description "
-        "(OVF, VMX, Hyper-V XML, JSON), which may be among the files; - is one image "
+        "(OVF, VMX, Hyper-V XML, JSON), which may be among the files or with its "
+        "disks in an OVA; - is one image "
         "on standard input. Nothing is guessed: what is damaged or of a kind that "
         "isn't read is refused, and then nothing is left. docs/import.md and "
         "docs/images.md say more.",
@@ -168,13 +169,15 @@ def _to_vm(arguments: argparse.Namespace, node: Node) -> int:
     if arguments.description is not None:
         path: Path = arguments.description
         found.descriptions = {path.name: read_small(path)}
+        found.described = True
     say = _Lines()
     for text in config.common.warnings:
         say.warning(text)
     for path in found.passed_over:
         say.info(f"{path} is not needed and was passed over")
     now = datetime.datetime.now(datetime.UTC)
-    first = found.disks[0][0].paths[0].stem if found.disks else "imported"
+    named = [*(chain[0].paths[0] for chain in found.disks), *found.archives]
+    first = named[0].stem if named else "imported"
     vmid = _until_signal(
         lambda: import_to_vm(
             found,

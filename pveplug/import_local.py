@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from pveplug.access import check_version, open_api
+from pveplug.archive import Member, is_archive, members
 from pveplug.config import ImportConfig
 from pveplug.diskstream import RateLimit
 from pveplug.errors import ConfigError, IntegrityError
@@ -54,11 +55,15 @@ class Survey:
         disks: a chain for each disk, oldest first, in the order they were given.
         descriptions: small files that may describe the VM.
         passed_over: what nothing is made of.
+        archives: OVAs: what they hold is seen as it is read.
+        described: the operator has named what describes the VM.
     """
 
     disks: list[list[Found]] = field(default_factory=list)
     descriptions: dict[str, bytes] = field(default_factory=dict)
     passed_over: list[Path] = field(default_factory=list)
+    archives: list[Path] = field(default_factory=list)
+    described: bool = False
     stdin: bool = False
 
 
@@ -80,6 +85,9 @@ def survey(paths: Sequence[Path], raw: Sequence[str] = ()) -> Survey:
         if path not in parts:
             continue  # an extent: what it begins with tells nothing
         trusted = is_raw(path, raw)
+        if is_archive(head) and not trusted:
+            found.archives.append(path)
+            continue
         try:
             role = Role.DISK if trusted else role_of(path.name, head)
             if role is Role.DISK:
@@ -213,12 +221,36 @@ async def import_to_vm(
         async with first_failure() as tasks:
             for chain in found.disks:
                 tasks.create_task(disk(chain), name=chain[0].name)
+        for path in found.archives:
+            await _archive(path, files)
         if found.stdin:
             arrival = Arrival("standard input", stdin_size)
             await files.receive(arrival, _pieces(STDIN))
         files.all_came()
-        await vm.commit(found.descriptions)
+        described = {} if found.described else files.descriptions
+        await vm.commit({**found.descriptions, **described})
         return vm.vmid
+
+
+async def _archive(path: Path, files: ForeignFiles) -> None:
+    """Take the files of an OVA, one after the other."""
+    with _opened(path) as file:
+        found = members(file, str(path))
+        while (one := await asyncio.to_thread(next, found, None)) is not None:
+            arrival = Arrival(one.name, one.size, one.mtime)
+            await files.receive(arrival, _content(one))
+
+
+async def _content(member: Member) -> AsyncIterator[memoryview]:
+    while data := await asyncio.to_thread(member.content.read, PIECE):
+        yield memoryview(data)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
 
 
 async def _pieces(path: Path) -> AsyncIterator[memoryview]:
@@ -228,9 +260,6 @@ async def _pieces(path: Path) -> AsyncIterator[memoryview]:
         if path == STDIN:
             file = sys.stdin.buffer
         else:
-            try:
-                file = stack.enter_context(path.open("rb"))
-            except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror or error}") from error
+            file = stack.enter_context(_opened(path))
         while data := await asyncio.to_thread(file.read, PIECE):
             yield memoryview(data)

@@ -63,7 +63,12 @@ REFUSED: Final = (
         "a LUKS container: it is encrypted (a guest's own disk? then name it in "
         "import_raw or --raw)",
     ),
-    (b"ustar", 257, "a tar archive (an OVA is one): unpack it, give what it holds"),
+    (
+        b"ustar",
+        257,
+        "a tar archive (an OVA is one): pveplug import --to-vmid reads "
+        "it; else unpack it, give what it holds",
+    ),
     (b"PK\3\4", 0, "a zip archive: unpack it, give what it holds"),
     (b"\x1f\x8b\x08", 0, "compressed with gzip: unpack it first"),
     (b"\xfd7zXZ\0", 0, "compressed with xz: unpack it first"),

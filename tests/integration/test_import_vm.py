@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,59 @@ async def test_two_disks_and_their_description_become_a_vm(
     assert values["boot"] == "order=scsi0"
     assert "lock" not in values
     await bench.destroy(100)
+    bench.nothing_left()
+
+
+def ova(path: Path, files: list[Path]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for file in files:
+            tar.add(file, file.name)
+    return path
+
+
+async def test_an_ova_becomes_a_vm_as_it_is(bench: Bench, tmp_path: Path) -> None:
+    source = disk(tmp_path / "d1.raw", 21)
+    vmdk = tmp_path / "web-disk1.vmdk"
+    convert(source, vmdk, "vmdk", "subformat=streamOptimized")
+    described = tmp_path / "web.ovf"
+    described.write_bytes(foreign_vms.ovf("web", vmdk.name, source.stat().st_size))
+    sums = tmp_path / "web.mf"
+    sums.write_text("SHA256(web.ovf)= 00\n")
+    packed = ova(tmp_path / "web.ova", [described, sums, vmdk])
+    wanted = truth.sha256_of_image(source, "raw")
+    to = ("--to-vmid", "100", "--storage", "local", "--verify")
+    said = await bench.run(*to, "--bridge-map", "vmbr0", packed)
+    vm = bench.site.vm(100)
+    assert said.endswith("VM 100\n")
+    assert f"read back and compared, SHA-256 {wanted}" in said
+    assert vm.conf.values["name"] == "web"
+    key = vm.conf.values["boot"].removeprefix("order=")
+    assert sha256(vm, key) == wanted
+    await bench.destroy(100)
+    # What the operator names describes it, and nothing in the archive.
+    other = tmp_path / "other.vmx"
+    other.write_bytes(foreign_vms.vmx("other", vmdk.name))
+    await bench.run(
+        *(*to, "--bridge-map", "vmbr0", "--description", other, packed),
+    )
+    assert bench.site.vm(100).conf.values["name"] == "other"
+    await bench.destroy(100)
+    bench.nothing_left()
+
+
+async def test_an_ova_that_is_cut_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+    source = disk(tmp_path / "d1.raw", 22)
+    vmdk = tmp_path / "web-disk1.vmdk"
+    convert(source, vmdk, "vmdk", "subformat=streamOptimized")
+    packed = ova(tmp_path / "web.ova", [vmdk])
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    to = ("--to-vmid", "100", "--storage", "local")
+    said = await bench.run(*to, packed, status=65)
+    assert "web.ova/web-disk1.vmdk: the archive ends within it" in said
+    bench.nothing_left()
+    packed.write_bytes(whole[:700])
+    await bench.run(*to, packed, status=65)
     bench.nothing_left()
 
 

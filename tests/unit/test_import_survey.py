@@ -185,9 +185,14 @@ def test_what_nobody_knows_is_no_raw_disk(tmp_path: Path) -> None:
 def test_archives_are_named(first: bytes, tmp_path: Path) -> None:
     path = tmp_path / "web.ova"
     path.write_bytes(first.ljust(512, b"\0") + bytes(512))
-    for see in (survey, look):
+    with pytest.raises(IntegrityError, match="unpack it"):
+        look([path])
+    if first.endswith(b"ustar"):
+        assert survey([path]).archives == [path]
+        assert survey([path], ["*.ova"]).archives == []  # a raw disk, it is said
+    else:
         with pytest.raises(IntegrityError, match="unpack it"):
-            see([path])
+            survey([path])
 
 
 def test_what_files_are_for_is_told_apart(tmp_path: Path) -> None:
