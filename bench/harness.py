@@ -168,18 +168,27 @@ def touch(size: int) -> None:
     """
     if not size:
         return
-    processors = os.sched_getaffinity(0)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    used = []
-    try:
-        for processor in processors:
+    hold, let_go = os.pipe()
+    used, said = os.pipe()
+    children = []
+    for processor in os.sched_getaffinity(0):
+        if not (child := os.fork()):
+            os.close(let_go)
             os.sched_setaffinity(0, {processor})
-            used.append(mmap.mmap(-1, size, flags=flags))
-        for processor in processors:
-            os.sched_setaffinity(0, {processor})
-            used.pop().close()
-    finally:
-        os.sched_setaffinity(0, processors)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+            memory = mmap.mmap(-1, size, flags=flags)
+            os.write(said, b"x")
+            os.read(hold, 1)  # until all have theirs
+            memory.close()
+            os._exit(0)
+        children.append(child)
+    for _ in children:
+        os.read(used, 1)
+    os.close(let_go)
+    for child in children:
+        os.waitpid(child, 0)
+    for end in (hold, used, said):
+        os.close(end)
 
 
 def told(argv: Sequence[str]) -> Any:
