@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pveplug.extents import Kind
 from pveplug.nbd.client import UnixAddress, connect
 from pveplug.nbd.source import OrderedReader, extents, is_zero
-from pveplug.units import CLUSTER
+from pveplug.units import CLUSTER, MiB
 
 
 async def read(socket: str, *dirty: str) -> None:
@@ -32,7 +32,8 @@ async def read(socket: str, *dirty: str) -> None:
                     if extent.kind is Kind.DATA
                 ]
             )
-        async with aclosing(OrderedReader(client).read(runs)) as slots:  # type: ignore[type-var]
+        reader = OrderedReader(client, request_bytes=MiB)  # as a backup's
+        async with aclosing(reader.read(runs)) as slots:  # type: ignore[type-var]
             async for slot in slots:
                 for at in range(0, slot.length, CLUSTER):
                     is_zero(slot.buffer, at, min(CLUSTER, slot.length - at))

@@ -36,7 +36,7 @@ from pveplug.nbd.client import NbdClient
 from pveplug.nbd.connection import Pending
 from pveplug.proto import nbd_wire as wire
 from pveplug.proto.nbd_request import Runs
-from pveplug.units import CLUSTER, GiB, MiB, round_down, round_up
+from pveplug.units import CLUSTER, GiB, KiB, MiB, round_down, round_up
 
 WINDOW: Final = 4 * GiB - CLUSTER
 """The longest aligned question without extended headers: 26 of them for 100 GiB."""
@@ -238,7 +238,7 @@ class OrderedReader:
         self,
         client: NbdClient,
         *,
-        request_bytes: int = 1 * MiB,
+        request_bytes: int = 512 * KiB,
         in_flight_bytes: int = 4 * MiB,
         allowed: Callable[[], int] | None = None,
         keep: int = 0,
