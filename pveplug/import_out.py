@@ -42,6 +42,7 @@ _SECTOR: Final = 512
 _TURN: Final = 16 * MiB  # bytes that are written between two looks for a signal
 _AHEAD: Final = 2  # batches that wait: a MiB of the file each, or 8 MiB inflated
 _ZEROES: Final = bytes(1 * MiB)
+_NOUGHT: Final = bytes(CLUSTER)
 
 
 async def import_to_file(
@@ -268,7 +269,8 @@ def _next_told(coming: Iterator[list[Event]]) -> list[Event]:
 
 def _any(data: memoryview) -> bool:
     """Whether a byte isn't zero; compared as bytes, which is a hundred times faster."""
-    return bytes(data) != _ZEROES[: len(data)]
+    nought = _NOUGHT if len(data) == CLUSTER else _NOUGHT[: len(data)]
+    return bytes(data) != nought
 
 
 def _orphan(image: Found, event: GuestParent) -> IntegrityError:
