@@ -27,7 +27,7 @@ from pveplug.images.lineage import Link, in_order
 from pveplug.images.stream import (
     Event,
     ImageInfo,
-    feed,
+    StreamReader,
     finish,
 )
 from pveplug.images.vmdk_set import VmdkSet, base_name
@@ -96,7 +96,7 @@ def batches(
         kind, name=path.name, file_size=path.stat().st_size, spill=spill
     )
     for data in _pieces(path, keep):
-        yield from feed(reader, data)
+        yield from _all_of(reader, reader.receive_data(data))
     yield from finish(reader)
 
 
@@ -112,7 +112,9 @@ def _set_batches(
     yield reader.receive_eof()
 
 
-def _all_of(reader: VmdkSet, batch: list[Event]) -> Iterator[list[Event]]:
+def _all_of(
+    reader: StreamReader | VmdkSet, batch: list[Event]
+) -> Iterator[list[Event]]:
     """Yield a batch and what is pending, but no empty one behind others."""
     while reader.pending:
         if more := reader.receive_data(b""):
