@@ -6,6 +6,7 @@ Nothing of it is written anywhere; names are only names.
 
 from __future__ import annotations
 
+import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,15 +38,19 @@ class _Header(tarfile.TarInfo):
     """A header that is whole, and can't ask for memory without bound."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
         try:
-            found = super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise  # it ends as it should
         except tarfile.HeaderError as error:
             raise _DamagedError(
                 f"it ends without its end mark, or a header is bad: {error}"
             ) from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        found = super().frombuf(buf, encoding, errors)
         if found.type in _EXTENDED and found.size > _MAX_EXTENDED:
             raise _DamagedError(f"an extended header of {found.size} bytes")
         return found
@@ -101,9 +106,16 @@ def members(file: BinaryIO, name: str) -> Iterator[Member]:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as archive:
             for info in archive:
                 content = archive.extractfile(info) if info.isreg() else None
-                if content is not None and not info.issparse():
-                    whole = f"{name}/{info.name}"
-                    found = Content(content, whole)
-                    yield Member(whole, info.size, int(info.mtime), found)
-    except (tarfile.TarError, _DamagedError) as error:
+                if content is None:
+                    continue
+                whole = f"{name}/{info.name}"
+                if info.issparse() or info.size < 0:
+                    raise _DamagedError(
+                        f"{info.name} is stored with holes, or has no length"
+                    )
+                # An extended header may say that it was made at "inf".
+                mtime = int(info.mtime) if math.isfinite(info.mtime) else 0
+                found = Content(content, whole)
+                yield Member(whole, info.size, mtime, found)
+    except (tarfile.TarError, _DamagedError, ValueError, OverflowError) as error:
         raise IntegrityError(f"{name}: a damaged tar archive: {error}") from error

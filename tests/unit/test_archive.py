@@ -81,3 +81,34 @@ def test_a_header_can_t_ask_for_memory_without_bound() -> None:
     with pytest.raises(IntegrityError, match="extended header of 4294967296 bytes"):
         read(tail + data)
     assert read(tail + bytes(1024)) == {"a.ova/x.ovf": b"<Envelope/>"}
+
+
+def with_extended(**words: str) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("one", "two"):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = 700, 1_700_000_000
+            if name == "two":
+                member.pax_headers = words
+            tar.addfile(member, io.BytesIO(b"x" * 700))
+    return out.getvalue()
+
+
+def test_nothing_is_left_out_in_silence() -> None:
+    whole = with_extended(comment="abc")
+    assert len(read(whole)) == 2
+    with pytest.raises(IntegrityError, match="stored with holes"):
+        read(with_extended(**{"GNU.sparse.size": "9000", "GNU.sparse.map": "0,700"}))
+    for bad in (b"0 comment=abc", b"xx comment=abc"):
+        damaged = whole.replace(b"15 comment=abc", bad.ljust(14, b"\0"))
+        assert damaged != whole
+        with pytest.raises(IntegrityError, match="damaged tar archive"):
+            read(damaged)
+    with pytest.raises(IntegrityError, match="no length"):
+        read(with_extended(size="-5"))
+
+
+def test_a_time_that_is_none_does_no_harm() -> None:
+    data = with_extended(mtime="inf")
+    assert [one.mtime for one in members(io.BytesIO(data), "a")] == [1_700_000_000, 0]
