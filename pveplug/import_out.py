@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _SECTOR: Final = 512
 _TURN: Final = 16 * MiB  # bytes that are written between two looks for a signal
-_AHEAD: Final = 6  # batches that wait: a MiB of the file each, or up to 8 MiB inflated
+_AHEAD: Final = 6  # batches that wait: half a MiB of the file, or 8 MiB inflated
 _ZEROES: Final = bytes(1 * MiB)
 _NOUGHT: Final = bytes(CLUSTER)
 

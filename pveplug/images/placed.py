@@ -238,11 +238,10 @@ class PlacedReader(StreamReader, abc.ABC):
 
     def _go_to(self, offset: int) -> Flow[None]:
         """Let the file pass up to ``offset``, keeping what may be asked for."""
-        while self.position < offset:
+        while not self._settled and self.position < offset:
             at = self.position
-            view = yield from self._some(min(offset - at, PIECE))
-            if not self._settled:
-                self._keep(at, view)
+            self._keep(at, (yield from self._some(min(offset - at, PIECE))))
+        yield from self._skip(max(offset - self.position, 0))
 
     def _keep(self, at: int, view: memoryview) -> None:
         place = -1

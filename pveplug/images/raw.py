@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw images, and fixed VHDs, which are raw images with a footer.
 
-A fixed VHD can't be told from a raw image before its last 512 bytes: these are held
-back until more comes or the file ends.
+A fixed VHD can't be told from a raw image before its last 512 bytes: these, and where
+the file's length isn't known the last 512 of each piece, are held back until more comes
+or the file ends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ class RawReader(StreamReader):
         self._what = "data"
         self._size = 1 << 62
         self._out.append(ImageInfo("raw", "flat", None))
+        footer = (self._file_size or 0) - vhd_wire.FOOTER.size
+        if footer > 0:
+            yield from self._pass(footer, 0)
         held = b""
         while not (yield from self._ended()):
             view = yield from self._some(1 << 30)

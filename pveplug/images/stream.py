@@ -17,6 +17,10 @@ its bytes. When ``pending`` is true after a call, the reader has more to tell ab
 it has; the caller takes it with ``receive_data(b"")`` before it feeds anything else.
 :func:`feed` and :func:`finish` do that.
 
+A file may have long parts that mean nothing. While the reader waits inside one,
+``skippable`` says how long it still is, and a caller that can seek calls ``skip``
+instead of reading it.
+
 Every byte of the disk is told once, as data, as zeroes or as the parent's, in any
 order; the lengths are counted, and an image whose events don't add up to its size ends
 with an error, whatever its tables said.
@@ -187,6 +191,7 @@ class StreamReader(abc.ABC):
     Attributes:
         position: bytes of the file that have been used.
         pending: more can be told of what has been received: see the module.
+        skippable: how many of the bytes that come next mean nothing: see the module.
     """
 
     format: ClassVar[str]
@@ -211,6 +216,7 @@ class StreamReader(abc.ABC):
         self._spill = spill
         self.position = 0
         self.pending = False
+        self.skippable = 0
         self._what = "header"  # what is being read, for the error of a short file
         self._patches: Patches | None = None
         self._failure: IntegrityError | None = None
@@ -257,6 +263,17 @@ class StreamReader(abc.ABC):
         self._eof = True
         return self._resume()
 
+    def skip(self, length: int) -> None:
+        """Go on ``length`` bytes further in the file, without these.
+
+        Raises:
+            LocalProtocolError: they aren't all :attr:`skippable`.
+        """
+        if not 0 <= length <= self.skippable:
+            raise LocalProtocolError(f"{length} bytes of the file aren't skippable")
+        self.skippable -= length
+        self.position += length
+
     def _resume(self) -> list[Event]:
         if self._failure:
             raise IntegrityError(str(self._failure), offset=self._failure.offset)
@@ -271,6 +288,7 @@ class StreamReader(abc.ABC):
             # Not the error itself: its traceback would keep all there is alive.
             self._failure = IntegrityError(str(error), offset=error.offset)
             self._view, self._low = EMPTY, 0
+            self.skippable = 0
             self._flow.close()
             raise
         out, self._out = self._out, []
@@ -282,13 +300,16 @@ class StreamReader(abc.ABC):
 
     # --- bytes in ------------------------------------------------------------------
 
-    def _ended(self) -> Flow[bool]:
-        """Wait until there is a byte, or none any more."""
+    def _ended(self, needless: int = 0) -> Flow[bool]:
+        """Wait until there is a byte, or none any more; ``needless`` may be skipped."""
         while self._low == len(self._view) and not self._returned:
             self._view, self._low = EMPTY, 0
             if self._eof:
                 return True
+            before, self.skippable = self.position, needless
             yield
+            needless -= self.position - before
+            self.skippable = 0
         return False
 
     def _some(self, limit: int) -> Flow[memoryview]:
@@ -326,8 +347,11 @@ class StreamReader(abc.ABC):
         self.position -= len(data)
 
     def _skip(self, length: int) -> Flow[None]:
-        while length:
-            length -= len((yield from self._some(min(length, PIECE))))
+        end = self.position + length
+        while left := end - self.position:
+            yield from self._ended(left)
+            if left := end - self.position:
+                yield from self._some(min(left, PIECE))
 
     # --- events out ----------------------------------------------------------------
 
@@ -385,7 +409,8 @@ class StreamReader(abc.ABC):
 
     def _finish(self, info: ImageInfo) -> Flow[None]:
         """Let the rest of the file pass, judge the whole, tell the end."""
-        while not (yield from self._ended()):
+        file_size = self._file_size or 0
+        while not (yield from self._ended(max(file_size - self.position, 0))):
             yield from self._some(PIECE)
         if self._file_size is not None and self._file_size != self.position:
             raise self._error(

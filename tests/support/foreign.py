@@ -106,6 +106,22 @@ def read(
     return told
 
 
+def read_skipping(
+    reader: StreamReader, data: bytes, cuts: int, parent: bytes | None = None
+) -> tuple[Told, int]:
+    """Read as one who seeks over what may be skipped; say how much that was."""
+    told, at, skipped = Told(), 0, 0
+    while at < len(data):
+        for events in feed(reader, data[at : at + cuts]):
+            told.take(events, parent)
+        at = min(at + cuts, len(data)) + reader.skippable
+        skipped += reader.skippable
+        reader.skip(reader.skippable)
+    for events in finish(reader):
+        told.take(events, parent)
+    return told, skipped
+
+
 def read_image(
     data: bytes,
     cuts: Sequence[int] | int = 1 << 20,
@@ -113,13 +129,21 @@ def read_image(
     parent: bytes | None = None,
     spill: int | None = 1 << 30,
 ) -> Told:
-    """Detect what a file is and read it."""
-    reader = reader_for(
-        detect(data[:FIRST]),
-        file_size=len(data),
-        spill=None if spill is None else MemorySpill(spill),
-    )
-    return read(reader, data, cuts, parent)
+    """Detect what a file is and read it; the same must be told to one who skips."""
+
+    def reader() -> StreamReader:
+        return reader_for(
+            detect(data[:FIRST]),
+            file_size=len(data),
+            spill=None if spill is None else MemorySpill(spill),
+        )
+
+    told = read(reader(), data, cuts, parent)
+    length = cuts if isinstance(cuts, int) else 1 + len(cuts) * 500
+    again, _ = read_skipping(reader(), data, length, parent)
+    assert (again.disk, again.info, again.end) == (told.disk, told.info, told.end)
+    assert (again.tiling(), again.notes) == (told.tiling(), told.notes)
+    return told
 
 
 def some_disk(size: int, seed: int = 1, holes: float = 0.5) -> bytes:

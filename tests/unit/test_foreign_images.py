@@ -32,7 +32,7 @@ from pveplug.images.vmdk_set import VmdkSet
 from pveplug.images.vmdk_sparse import VmdkSparseReader
 from pveplug.images.vmdk_wire import parse_descriptor
 from tests.support import edits, qcow2_images, vhd_images, vhdx_images, vmdk_images
-from tests.support.foreign import read, read_image
+from tests.support.foreign import read, read_image, read_skipping
 
 MIB = 1 << 20
 
@@ -112,6 +112,26 @@ def test_a_reader_says_when_it_is_misused_and_stays_refused():
     with pytest.raises(LocalProtocolError, match="isn't ready"):
         reader.receive_data(b"x")
     assert reader.receive_eof() == []
+
+
+def test_what_means_nothing_can_be_skipped():
+    """A gap of a MiB before a block, and eight behind the last one."""
+    order = ("meta", "bat", "log", "blocks")  # there is no log, only room for it
+    image = vhdx_images.Vhdx(b"A" * MIB, "f", order=order).make() + bytes(8 * MIB)
+    reader = reader_for(Format.VHDX, file_size=len(image))
+    told, skipped = read_skipping(reader, image, 65536)
+    assert told.disk == b"A" * MIB
+    assert skipped > 8.7 * MIB
+
+
+def test_nothing_else_can_be_skipped():
+    image = vhdx_images.Vhdx(b"A" * MIB, "f").make()
+    reader = reader_for(Format.VHDX, file_size=len(image))
+    reader.receive_data(image[:MIB])
+    with pytest.raises(LocalProtocolError, match="skippable"):
+        reader.skip(reader.skippable + 1)
+    with pytest.raises(LocalProtocolError, match="skippable"):
+        reader.skip(-1)
 
 
 def test_a_bomb_is_told_in_parts():
