@@ -11,6 +11,7 @@ why; 2 wrong usage; 70 a fault of this program; 74 bacula-fd went away.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -28,6 +29,8 @@ EX_FAILED = 1
 EX_USAGE = 2
 EX_SOFTWARE = 70
 EX_IOERR = 74
+
+_OBJECTS = 10_000
 
 USAGE = """\
 usage: podheitor-proxmox-backend
@@ -49,6 +52,8 @@ def main() -> None:
     except OSError:
         os.write(2, b"podheitor-proxmox-backend: standard input or output is closed\n")
         sys.exit(EX_USAGE)
+    # Importing makes objects and hardly any garbage, which it would be searched for.
+    gc.set_threshold(_OBJECTS)
     try:
         status = _serve(fd_in, fd_out)
     except Exception as error:

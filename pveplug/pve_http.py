@@ -15,10 +15,10 @@ import ssl
 from collections.abc import Mapping
 from typing import Final
 
-import aiohttp
 from yarl import URL
 
 from pveplug.errors import ConfigError, PveplugError, RemoteProtocolError
+from pveplug.http_library import aiohttp
 from pveplug.proto.pve import (
     MAX_RESPONSE_BODY,
     NotSentError,
