@@ -312,16 +312,18 @@ class NbdClient:
 
     async def status(self, offset: int, length: int) -> dict[str, Runs]:
         """Do what :meth:`block_status` does, with compact results."""
-        if not self.extended:
-            length = min(length, COMPACT_STATUS)
-        pending = self._adapter.submit(
-            lambda: self._machine.block_status(offset, length)
-        )
+        pending = self.start_status(offset, length)
         try:
             return cast(Status, await pending)
         except BaseException:
             pending.abandon()
             raise
+
+    def start_status(self, offset: int, length: int) -> Pending:
+        """Start what :meth:`status` waits for; await it, or abandon it."""
+        if not self.extended:
+            length = min(length, COMPACT_STATUS)
+        return self._adapter.submit(lambda: self._machine.block_status(offset, length))
 
     def abort(self, reason: str) -> None:
         """Drop the connection now; all who wait get a TransportError."""

@@ -25,7 +25,8 @@ of the disk, tells anything about what is there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,17 +67,18 @@ async def extents(
     """
     kind: Kind | None = None  # of the run that isn't ended yet, [since, at)
     since = at = start
-    async for pieces in _rounds(client, dirty, start, end, window):
-        # One Extent per run that is yielded, none on the way: a fully scattered disk
-        # has 16,384 of them per GiB.
-        for stop, is_now in pieces:
-            if stop <= at:
-                continue  # before a start that isn't aligned
-            if is_now is not kind:
-                if kind is not None:
-                    yield Extent(since, at - since, kind)
-                since, kind = at, is_now
-            at = stop
+    async with aclosing(_rounds(client, dirty, start, end, window)) as rounds:
+        async for pieces in rounds:
+            # One Extent per run that is yielded, none on the way: a fully scattered
+            # disk has 16,384 of them per GiB.
+            for stop, is_now in pieces:
+                if stop <= at:
+                    continue  # before a start that isn't aligned
+                if is_now is not kind:
+                    if kind is not None:
+                        yield Extent(since, at - since, kind)
+                    since, kind = at, is_now
+                at = stop
     if kind is not None:
         yield Extent(since, at - since, kind)
 
@@ -99,22 +101,23 @@ async def mark(
     kind = Kind.CLEAN  # of the run that isn't ended yet, [since, at)
     since = at = start
     mark_range, clean = clusters.mark_range, Kind.CLEAN
-    async for pieces in _rounds(client, dirty, start, end, WINDOW):
-        for stop, is_now in pieces:
-            if stop <= at:
-                continue
-            if is_now is not kind:
-                if kind is not clean:
-                    mark_range(since, at - since, kind)
-                since, kind = at, is_now
-            at = stop
+    async with aclosing(_rounds(client, dirty, start, end, WINDOW)) as rounds:
+        async for pieces in rounds:
+            for stop, is_now in pieces:
+                if stop <= at:
+                    continue
+                if is_now is not kind:
+                    if kind is not clean:
+                        mark_range(since, at - since, kind)
+                    since, kind = at, is_now
+                at = stop
     if kind is not clean:
         mark_range(since, at - since, kind)
 
 
 async def _rounds(
     client: NbdClient, dirty: str | None, start: int, end: int | None, window: int
-) -> AsyncIterator[Iterable[tuple[int, Kind]]]:
+) -> AsyncGenerator[Iterable[tuple[int, Kind]], None]:
     """Ask for ``[start, end)``; yield of each round the end and kind of its pieces.
 
     The first may begin before ``start``, the pieces of a round tile what it covers.
@@ -129,17 +132,30 @@ async def _rounds(
         return
     unit = client.minimum_block
     window = max(round_down(window, unit), unit)
-    at = start
-    while at < end:
-        low = round_down(at, unit)
+
+    def ask(low: int) -> Pending:
         asked = min(round_up(min(low + window, end), unit), client.size) - low
-        status = await client.status(low, asked)
-        allocation = status.get(wire.BASE_ALLOCATION)
-        bitmap = status[context] if context is not None else None
-        lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
-        high = min(low + min(lengths), end)
-        yield _merged(low, high, bitmap, allocation)
-        at = max(at, high)
+        return client.start_status(low, asked)
+
+    at = start
+    low = round_down(at, unit)
+    pending = ask(low) if at < end else None
+    try:
+        while pending is not None:
+            status = await pending
+            assert status is not None  # noqa: S101  # that is what was asked for
+            allocation = status.get(wire.BASE_ALLOCATION)
+            bitmap = status[context] if context is not None else None
+            lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
+            high = min(low + min(lengths), end)
+            at, before = max(at, high), low
+            low = round_down(at, unit)
+            # The server looks for the next answer while this one is gone through.
+            pending = ask(low) if at < end else None
+            yield _merged(before, high, bitmap, allocation)
+    finally:
+        if pending is not None:
+            pending.abandon()
 
 
 def _dirty_context(dirty: str | None) -> str | None:

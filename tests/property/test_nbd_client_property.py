@@ -9,6 +9,7 @@ import itertools
 import random
 from array import array
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -173,14 +174,31 @@ def test_a_flipped_bit_in_a_reply_gives_a_result_or_a_remote_protocol_error(
     assert guarded[128:] == b"#" * 64
 
 
+class Answer:
+    """A question under way; ``open`` holds those that nobody has dealt with."""
+
+    def __init__(self, told, under_way):
+        self.told, self.under_way = told, under_way
+        under_way.append(self)
+
+    def __await__(self):
+        yield from asyncio.sleep(0).__await__()
+        self.under_way.remove(self)
+        return self.told
+
+    def abandon(self):
+        self.under_way.remove(self)
+
+
 class FakeClient:
     """What extents() needs of a client, told from runs."""
 
     def __init__(self, manner, contexts, minimum_block=UNIT):
         self.model = ModelServer(bytearray(SIZE), manner)
         self.size, self.contexts, self.minimum_block = SIZE, contexts, minimum_block
+        self.under_way = []
 
-    async def status(self, offset, length):
+    def start_status(self, offset, length):
         assert offset % self.minimum_block == 0
         assert 0 < length
         assert offset + length <= SIZE
@@ -191,7 +209,7 @@ class FakeClient:
                 lengths=array("Q", [r[0] for r in runs]),
                 flags=array("Q", [r[1] for r in runs]),
             )
-        return told
+        return Answer(told, self.under_way)
 
 
 def expected_kinds(manner, contexts):
@@ -227,6 +245,7 @@ def test_any_legal_block_status_tiles_the_range(manner, granted, window, ends):
         return [extent async for extent in source]
 
     got = asyncio.run(collect())
+    assert not client.under_way
     moved = [Extent(e.offset - start, e.length, e.kind) for e in got]
     assert tiles(moved, end - start)
     assert list(coalesced(got)) == got
@@ -234,6 +253,29 @@ def test_any_legal_block_status_tiles_the_range(manner, granted, window, ends):
     for extent in got:
         low, high = extent.offset // UNIT, -(-extent.end // UNIT)
         assert set(kinds[low:high]) == {extent.kind}
+
+
+def test_the_next_window_is_asked_for_while_one_is_gone_through():
+    manner = Manner(contexts={c: [(UNIT, n % 2) for n in range(64)] for c in CONTEXTS})
+    client = FakeClient(manner, CONTEXTS)
+
+    async def leave_midway():
+        source = extents(client, dirty="b", window=8 * UNIT)
+        async with contextlib.aclosing(source):
+            seen = [(await anext(source), len(client.under_way)) for _ in range(60)]
+        return [under_way for _, under_way in seen]
+
+    assert asyncio.run(leave_midway()) == [1] * 55 + [0] * 5
+    assert not client.under_way
+    marks = Marks()
+    marks.mark_range = None  # which fails
+
+    async def fail_midway():
+        await mark(client, marks, dirty="b")
+
+    with pytest.raises(TypeError):
+        asyncio.run(fail_midway())
+    assert not client.under_way
 
 
 class Marks:
