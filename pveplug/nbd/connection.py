@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, cast
 
 from pveplug.errors import NbdError, ProtocolError, PveplugError, TransportError
+from pveplug.nbd.sockets import widen
 from pveplug.proto.nbd_client import (
     Completed,
     Cookie,
@@ -22,10 +23,13 @@ from pveplug.proto.nbd_client import (
 )
 from pveplug.proto.nbd_handshake import Export, StartTls
 from pveplug.proto.nbd_request import Runs
-from pveplug.units import KiB
+from pveplug.units import KiB, MiB
 
 GOODBYE_S: Final = 2.0
 WRITE_PIECE: Final = 256 * KiB
+LONG_PIECE: Final = 1 * MiB
+SOCKET_BYTES: Final = 4 * MiB
+"""What may wait in a socket for qemu-nbd, so that it needn't wait for our next turn."""
 
 Status = dict[str, Runs]
 
@@ -74,6 +78,7 @@ class Adapter(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._queue: deque[memoryview] = deque()
         self._paused = False
+        self._piece = WRITE_PIECE
         self._nowhere = memoryview(bytearray(1))
         self._heard = 0
         self._heard_before = 0
@@ -151,6 +156,8 @@ class Adapter(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        elif sock is not None and widen(sock, SOCKET_BYTES):
+            self._piece = LONG_PIECE
         self._pump()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -230,9 +237,9 @@ class Adapter(asyncio.BufferedProtocol):
             return
         while queue and (last or not self._paused):
             data = queue.popleft()
-            if len(data) > WRITE_PIECE:
-                queue.appendleft(data[WRITE_PIECE:])
-                data = data[:WRITE_PIECE]
+            if len(data) > self._piece:
+                queue.appendleft(data[self._piece :])
+                data = data[: self._piece]
             self._transport.write(data)
 
     def _abandon(self, pending: Pending) -> None:

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
 from pveplug.errors import NbdError, ProtocolError, PveplugError
+from pveplug.nbd.sockets import widen
 from pveplug.proto.nbd_handshake import StartTls
 from pveplug.proto.nbd_offer import Offer
 from pveplug.proto.nbd_server import (
@@ -56,7 +57,7 @@ HIGH_WATER: Final = 2 * MiB
 """The transport's: so much may be on its way to a client that reads slowly, and one
 reply more."""
 SOCKET_BYTES: Final = 1 * MiB
-"""A unix socket's own buffer, as far as the kernel lets us: with its default (208 KiB)
+"""A unix socket's own buffer: with its default (208 KiB)
 each 256 KiB reply took three turns of the event loop, and half as much CPU again."""
 INBOX: Final = 64 * KiB
 LOOK_S: Final = 1.0
@@ -485,7 +486,7 @@ def _told(request: Request, error: Exception) -> tuple[int, str]:
 def _prepare(sock: socket.socket) -> None:
     """Make room; over TCP, send at once and notice within a minute a host that died."""
     if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        widen(sock, SOCKET_BYTES)
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
