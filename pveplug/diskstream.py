@@ -29,7 +29,7 @@ from pveplug.images.clusters import ClusterMap
 from pveplug.images.edges import EdgeRun, EdgesWriter, edge_ranges, without
 from pveplug.images.qcow2_writer import DataRun, Metadata, Qcow2StreamWriter
 from pveplug.nbd.client import NbdClient
-from pveplug.nbd.source import OrderedReader, Slot, is_zero, mark
+from pveplug.nbd.source import MAX_REQUESTS, OrderedReader, Slot, is_zero, mark
 from pveplug.pacing import Pace
 from pveplug.units import CLUSTER, KiB, MiB, round_down
 
@@ -98,8 +98,11 @@ class RateLimit:
     def in_flight(self) -> int:
         """Return how many requests each reader may have under way now.
 
-        Once the pace is slowed, those that read at the same time share them.
+        Without a latency budget only their bytes are bounded, by the reader. Once the
+        pace is slowed, those that read at the same time share them.
         """
+        if not self.pace.budget_s:
+            return MAX_REQUESTS
         if self.pace.ahead or self._readers < 2:
             return self.pace.in_flight
         return max(self.pace.in_flight // self._readers, 1)

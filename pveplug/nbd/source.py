@@ -42,6 +42,11 @@ from pveplug.units import CLUSTER, GiB, KiB, MiB, round_down, round_up
 WINDOW: Final = 4 * GiB - CLUSTER
 """The longest aligned question without extended headers: 26 of them for 100 GiB."""
 ZEROES: Final = bytes(1 * MiB)
+SHORT: Final = (CLUSTER, 4 * CLUSTER)
+"""Buffers of scattered pieces, as many of them are under way; others are as long as a
+request."""
+MAX_REQUESTS: Final = 32
+"""QEMU works at 16 of a client's requests at a time; the others wait at its door."""
 
 
 async def extents(
@@ -244,10 +249,10 @@ class OrderedReader:
 
     Buffers are reused; read-ahead is bounded by ``in_flight_bytes`` (2-4 MiB measured
     best: more falls out of the processor's cache), and by ``allowed()`` requests, asked
-    each time. ``keep`` slots stay valid behind the one that is yielded. There are no
-    tasks: leaving the
-    iteration, by any way, abandons the requests under way. A generator that was left
-    by ``break`` does so when it is closed, so prefer ``contextlib.aclosing``.
+    each time, so there are more of them where the runs are short. ``keep`` slots stay
+    valid behind the one that is yielded. There are no tasks: leaving the iteration, by
+    any way, abandons the requests under way. A generator that was left by ``break``
+    does so when it is closed, so prefer ``contextlib.aclosing``.
     """
 
     def __init__(
@@ -264,10 +269,12 @@ class OrderedReader:
             round_down(min(request_bytes, client.maximum_block), client.minimum_block),
             client.minimum_block,
         )
-        self._depth = max(in_flight_bytes // self._request, 1)
-        self._allowed = allowed or (lambda: self._depth)
+        self._bytes = in_flight_bytes
+        self._allowed = allowed or (lambda: MAX_REQUESTS)
         self._keep = keep
-        self._free: list[bytearray] = []
+        self._sizes = (*(s for s in SHORT if s < self._request), self._request)
+        self._free: dict[int, list[bytearray]] = {size: [] for size in self._sizes}
+        self._pooled = 0  # bytes in these
 
     async def read(self, runs: Iterable[tuple[int, int]]) -> AsyncIterator[Slot]:
         """Yield the bytes of ``(offset, length)`` runs; touching runs are joined.
@@ -275,15 +282,22 @@ class OrderedReader:
         Raises: as :meth:`NbdClient.read_into`; nothing is yielded after a failure.
         """
         pieces = self._pieces(runs)
+        piece = next(pieces, None)
         under_way: deque[tuple[Slot, Pending | None]] = deque()
+        ahead = 0  # bytes of the buffers under way
         theirs: deque[bytearray] = deque()  # in the consumer's hands
         try:
             while True:
-                while len(under_way) < max(min(self._depth, self._allowed()), 1):
-                    piece = next(pieces, None)
-                    if piece is None:
-                        break
+                while piece is not None and (
+                    not under_way
+                    or (
+                        ahead + self._size(piece[1]) <= self._bytes
+                        and len(under_way) < self._allowed()
+                    )
+                ):
                     under_way.append(self._start(*piece))
+                    ahead += self._size(piece[1])
+                    piece = next(pieces, None)
                 if not under_way:
                     return
                 slot, pending = under_way[0]
@@ -292,21 +306,22 @@ class OrderedReader:
                 else:
                     await self._client.read_into(slot.offset, slot.view)
                 under_way.popleft()
+                ahead -= len(slot.buffer)
                 theirs.append(slot.buffer)
                 yield slot
                 if len(theirs) > self._keep:
-                    self._free.append(theirs.popleft())
+                    self._release(theirs.popleft())
         finally:
             for slot, pending in under_way:
                 if pending is not None:
                     pending.abandon()
-                self._free.append(slot.buffer)
-            self._free += theirs
-            del self._free[self._depth :]
+                self._release(slot.buffer)
+            for buffer in theirs:
+                self._release(buffer)
 
     def _start(self, offset: int, length: int) -> tuple[Slot, Pending | None]:
         client, unit = self._client, self._client.minimum_block
-        buffer = self._free.pop() if self._free else bytearray(self._request)
+        buffer = self._buffer(self._size(length))
         slot = Slot(offset, length, buffer, memoryview(buffer)[:length])
         end = offset + length
         if offset % unit or (end % unit and end != client.size):
@@ -314,8 +329,23 @@ class OrderedReader:
         try:
             return slot, client.start_read(offset, slot.view)
         except BaseException:
-            self._free.append(buffer)
+            self._release(buffer)
             raise
+
+    def _size(self, length: int) -> int:
+        """Return how long the buffer of a piece is."""
+        return next(size for size in self._sizes if length <= size)
+
+    def _buffer(self, size: int) -> bytearray:
+        if free := self._free[size]:
+            self._pooled -= size
+            return free.pop()
+        return bytearray(size)
+
+    def _release(self, buffer: bytearray) -> None:
+        if self._pooled < self._bytes:
+            self._pooled += len(buffer)
+            self._free[len(buffer)].append(buffer)
 
     def _pieces(self, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Join touching runs, then cut at multiples of the request size."""

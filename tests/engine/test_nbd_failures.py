@@ -207,7 +207,7 @@ async def test_reads_come_in_order_joined_and_cut_at_the_request_size(tmp_path):
         async for slot in OrderedReader(client, in_flight_bytes=MiB).read(runs):
             assert slot.view == disk[slot.offset : slot.offset + slot.length]
             got.append((slot.offset, slot.length))
-            buffers.add(id(slot.buffer))
+            buffers.add((len(slot.buffer), id(slot.buffer)))
         assert got == [
             (64 * KiB, 448 * KiB),
             (512 * KiB, 512 * KiB),
@@ -216,7 +216,32 @@ async def test_reads_come_in_order_joined_and_cut_at_the_request_size(tmp_path):
             (2 * MiB, 128 * KiB),
             (5 * MiB + 512, 100),
         ]
-        assert len(buffers) <= 2
+        assert sum(size for size, _ in buffers) <= MiB + 256 * KiB + 64 * KiB
+
+
+async def test_scattered_pieces_are_asked_for_together(tmp_path):
+    """As many as their buffers allow, and no more."""
+    disk = bytearray(random.Random(8).randbytes(SIZE))
+    async with served(tmp_path, disk=disk) as (client, _):
+        for length, most in ((4 * KiB, 16), (100 * KiB, 4), (300 * KiB, 2)):
+            reader = OrderedReader(client, in_flight_bytes=MiB)
+            count = SIZE // (512 * KiB)
+            runs = [(n * 512 * KiB, length) for n in range(count)]
+            waiting, started = [], reader._start
+
+            def start(offset, length, started=started, waiting=waiting):
+                waiting.append(offset)
+                return started(offset, length)
+
+            reader._start = start
+            buffers, ahead = set(), 0
+            async for slot in reader.read(runs):
+                ahead = max(ahead, len(waiting))
+                waiting.pop()
+                assert slot.view == disk[slot.offset : slot.offset + length]
+                buffers.add((len(slot.buffer), id(slot.buffer)))
+            assert ahead == min(most, count)
+            assert sum(size for size, _ in buffers) <= MiB
 
 
 async def test_slots_that_are_kept_stay_as_they_are(tmp_path):
