@@ -2,6 +2,7 @@
 """Make ``docs/performance.md`` and its plots: ``python -m bench.report [RESULT.json]``.
 
 Without an argument, of the newest JSON in ``bench/results/``, by name; names are dates.
+A Markdown file of the same name says why a bound isn't met.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ process tree. A ratio is product / yardstick; where less is better the bound rea
 """
 
 
-def page(name: str, rows: list[dict[str, Any]], said: str) -> str:
+def page(name: str, rows: list[dict[str, Any]], said: str, notes: str) -> str:
     """Return the document of one result.
 
     Args:
         name: of the result's file.
         said: what ``./dev bench`` printed.
+        notes: what is to be known of these numbers, in Markdown.
     """
     machine = said.partition("\n\n")[0].strip()
     busy = ""
@@ -74,6 +76,8 @@ def page(name: str, rows: list[dict[str, Any]], said: str) -> str:
             cells.append(f"{row[key]:g}" if row.get(key) is not None else "")
         cells.append("yes" if row["ok"] else "**no**")
         text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    if notes:
+        text += f"\n{notes.strip()}\n"
     text += (
         "\n## Distance to the bounds\n\n"
         "1 is the bound, more is better, whichever way it points.\n\n"
@@ -122,11 +126,13 @@ def main() -> int:
     rows = json.loads(source.read_text())
     log = source.with_suffix(".txt")
     said = log.read_text() if log.exists() else ""
+    kept = source.with_suffix(".md")
+    notes = kept.read_text() if kept.exists() else ""
     folder = PAGE.parent / FOLDER
     folder.mkdir(exist_ok=True)
     for name, svg in pictures(rows).items():
         (folder / name).write_text(svg)
-    PAGE.write_text(page(source.stem, rows, said))
+    PAGE.write_text(page(source.stem, rows, said, notes))
     return 0
 
 

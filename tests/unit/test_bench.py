@@ -96,9 +96,12 @@ def test_the_page_tells_what_is_missed_and_how_busy_it_was() -> None:
         {"row": "growth-size", "name": "flat", "ratio": 1.0, "at_most": 1.2, "ok": True}
         | {"points": [[10, 0.5], [100, 0.5]]},
     ]
-    text = report.page("2026-01-02", rows, "$ it\nload 5.0: this machine is busy\n\nx")
+    text = report.page(
+        "2026-01-02", rows, "$ it\nload 5.0: this machine is busy\n\nx", "## Why\n"
+    )
     assert "1 of 2 rows meet their bound" in text
     assert "| 2 | a \\| b | 0.9 | 1.2 |" in text
+    assert "\n## Why\n" in text
     assert "**no**" in text
     assert "The machine was busy" in text
     for name, svg in report.pictures(rows).items():
