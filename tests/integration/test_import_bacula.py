@@ -272,8 +272,9 @@ async def test_what_cannot_be_right_fails_the_job_and_leaves_nothing(
     before = {vmid for _, vmid in sisters.world.site.vms()}
     for name, job in jobs.items():
         result = await sisters.world.restore(where="/", job_ids=[job.job_id])
-        assert "Restore Error" in result.termination, (name, result.text)
-        assert wanted[name] in result.text, (name, result.text)
+        told = f"{name}: {result.text}\n{sisters.world.backend_log[-3000:]}"
+        assert "Restore Error" in result.termination, told
+        assert wanted[name] in result.text, told
         nothing_left(sisters, before)
 
 
