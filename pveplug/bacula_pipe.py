@@ -314,19 +314,19 @@ class PtcommPipe:
             self._reading = False
 
     def _readable(self) -> None:
-        space = self._connection.get_buffer()
-        if not space:
+        buffers = self._connection.get_buffers()
+        if not buffers:
             self._pause()  # receive() resumes when it has used up what came
             return
         try:
-            count = os.readv(self._in, [space])
+            count = os.readv(self._in, buffers)
         except BlockingIOError:
             return
         except OSError as error:
             self._lose(f"cannot read from bacula-fd: {error}")
             return
         if count:
-            self._connection.buffer_updated(count)
+            self._connection.buffers_updated(count)
             self._wake()
         else:
             self._lose(CLOSED)

@@ -9,9 +9,11 @@ digits and a newline, followed by exactly that many payload bytes::
 Text payloads end in a newline, which is counted. ``F`` acknowledges or ends data, ``T``
 is the last packet of a session. :class:`PtcommConnection` turns received bytes into
 packets and packets into buffers to write; it is filled in place, and the payload of a
-``D`` packet is a view into its buffer. What the texts say is in ``ptcomm_words.py``,
-the order of packets in the adapter (``pveplug/bacula.py``), and all of it byte by byte
-in docs/protocols/ptcomm.md.
+``D`` packet is a view into its buffer. During a restore bacula-fd sends ``D`` packets
+of one length by the thousand; their headers are foreseen and received beside the
+buffer, so that the payloads come to lie in a row and are handed out as one. What the
+texts say is in ``ptcomm_words.py``, the order of packets in the adapter
+(``pveplug/bacula.py``), and all of it byte by byte in docs/protocols/ptcomm.md.
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ MAX_MESSAGE_LINES: Final = 30
 PROTOCOL: Final = 3
 CAPACITY: Final = 1088 * KiB
 """Holds the largest packet whole: 8 + 999,999 bytes."""
+_SHORTEST: Final = 4 * KiB
+"""Shorter ``D`` packets aren't worth being foreseen."""
+_JOINED: Final = 512 * KiB
+_HEADS: Final = 32
 
 
 class Status(enum.Enum):
@@ -190,12 +196,25 @@ def data_frames(buffers: Iterable[Buffer]) -> list[Buffer]:
     return frames
 
 
+@dataclass(frozen=True, slots=True)
+class _Foreseen:
+    """Bytes to come of the present packet; the length of it and of those to come."""
+
+    first: int
+    length: int
+
+
 class PtcommConnection:
     """The framing of one direction-pair: bytes in, packets out; packets in, bytes out.
 
     An adapter receives into :meth:`get_buffer`, says how much arrived by
-    :meth:`buffer_updated` and asks :meth:`next_packet` until that has none. Whoever
-    doesn't care for copies uses :meth:`receive_data`.
+    :meth:`buffer_updated` and asks :meth:`next_packet` until that has none; or into
+    :meth:`get_buffers`, which joins ``D`` packets, and says :meth:`buffers_updated`.
+    Whoever doesn't care for copies uses :meth:`receive_data`.
+
+    The buffer's bytes in order::
+
+        | joined payload | what has come of the present packet or header | space |
     """
 
     def __init__(self, accepts: Collection[Status] = FROM_PLUGIN) -> None:
@@ -203,6 +222,10 @@ class PtcommConnection:
         self._buffer = ReceiveBuffer(CAPACITY)
         self._status: Status | None = None  # of the packet whose payload is awaited
         self._length = 0
+        self._ready = 0  # bytes of joined payload
+        self._repeated = 0  # length of the last packet, if D and worth foreseeing
+        self._foreseen: _Foreseen | None = None  # what get_buffers() has given out
+        self._heads = memoryview(bytearray(HEADER * _HEADS))
         self._finished = False
         self._error: str | None = None
 
@@ -225,8 +248,74 @@ class PtcommConnection:
         """``count`` bytes of what :meth:`get_buffer` gave have been received."""
         self._buffer.filled(count)
 
+    def get_buffers(self) -> list[memoryview]:
+        """Where ``readv`` shall receive; empty as with :meth:`get_buffer`.
+
+        After a long ``D`` packet others of the same length are expected: every second
+        place is for a header then, and the payloads between them touch.
+        """
+        space = self.get_buffer()
+        length, came = self._repeated, len(self._buffer) - self._ready
+        within = self._status is Status.DATA and came < self._length
+        self._foreseen = None
+        if within and self._length == length:
+            first = length - came
+        elif length and self._status is None and not came:
+            first = 0
+        else:
+            return [space] if space else []
+        # Room is left for headers: those foreseen wrongly are put back in line.
+        room = min(len(space) - HEADER * _HEADS, _JOINED) - first
+        count = min(room // length, _HEADS)
+        buffers = [space[:first]] if first else []
+        if count < 1:
+            return buffers  # or nothing, until the joined payload is taken
+        self._foreseen = _Foreseen(first, length)
+        for number in range(count):
+            buffers.append(self._head(number))
+            buffers.append(space[first + number * length :][:length])
+        return buffers
+
+    def buffers_updated(self, count: int) -> None:
+        """``count`` bytes of what :meth:`get_buffers` gave have been received."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is None or count < foreseen.first:
+            self._buffer.filled(count)
+            return
+        length, space = foreseen.length, self._buffer.space()[foreseen.first :]
+        self._buffer.filled(foreseen.first)
+        if foreseen.first:
+            self._ready += length
+            self._status = None
+        left, step = count - foreseen.first, HEADER + length
+        expected = header(Status.DATA, length)
+        number = 0
+        while left >= HEADER and self._head(number) == expected:
+            payload = min(left - HEADER, length)
+            self._buffer.filled(payload)
+            left -= HEADER + payload
+            number += 1
+            if payload < length:
+                self._status, self._length = Status.DATA, length
+            else:
+                self._ready += length
+        # Something else, or half of a header: back in front of what follows it.
+        line = bytearray()
+        for at in range(0, left, step):
+            behind = space[number * length :][: max(min(left - at, step) - HEADER, 0)]
+            line += self._head(number)[: left - at]
+            line += behind
+            number += 1
+        self._buffer.space()[: len(line)] = line
+        self._buffer.filled(len(line))
+
+    def _head(self, number: int) -> memoryview:
+        return self._heads[HEADER * number : HEADER * (number + 1)]
+
     def next_packet(self) -> Packet | None:
         """The next complete packet; the data of the previous one becomes invalid.
+
+        The data of ``D`` packets that were joined comes as that of one.
 
         Raises:
             RemoteProtocolError: the peer isn't speaking PTCOMM.
@@ -234,12 +323,17 @@ class PtcommConnection:
         if self._error is not None:
             raise RemoteProtocolError(self._error)
         self._buffer.release()
+        if self._ready:
+            ready, self._ready = self._ready, 0
+            return Packet(Status.DATA, self._buffer.take(ready))
         if self._status is None and not self._parse_header():
             return None
         status = self._status
         if status is None or len(self._buffer) < self._length:
             return None
         self._status = None
+        worth = status is Status.DATA and _SHORTEST <= self._length <= _JOINED // 2
+        self._repeated = self._length if worth else 0
         if status is Status.DATA:
             return Packet(status, self._buffer.take(self._length))
         payload = bytes(self._buffer.peek(self._length))
@@ -274,7 +368,7 @@ class PtcommConnection:
         """
         if self._error is not None:
             raise RemoteProtocolError(self._error)
-        got = len(self._buffer)
+        got = len(self._buffer) - self._ready
         if self._status is not None:
             raise self._broken(
                 f"expected {self._length} bytes of a {self._status.value} packet, "

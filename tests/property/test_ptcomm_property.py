@@ -70,6 +70,66 @@ def test_received_in_place_with_lookahead_the_packets_are_the_same(sent, data):
     assert got == sent
 
 
+def scattered(buffers: list[memoryview], data: memoryview) -> int:
+    """Do what readv does; return how much there was room for."""
+    at = 0
+    for buffer in buffers:
+        part = data[at : at + len(buffer)]
+        buffer[: len(part)] = part
+        at += len(part)
+    return at
+
+
+def joined(sent: list[Packet]) -> list[Packet]:
+    """Return packets with the data of neighbours in one, as nothing tells them apart."""
+    out: list[Packet] = []
+    for packet in sent:
+        if packet.status is Status.DATA and out and out[-1].status is Status.DATA:
+            before = bytes(out.pop().data)
+            out.append(Packet(Status.DATA, before + bytes(packet.data)))
+        else:
+            out.append(Packet(packet.status, bytes(packet.data)))
+    return out
+
+
+repeated = st.builds(
+    lambda first, length, count: [
+        Packet(Status.DATA, bytes([(first + number) % 251]) * length)
+        for number in range(count)
+    ],
+    st.integers(0, 250),
+    st.sampled_from([1, 4095, 4096, 4100, 65_536, 262_144, 300_000]),
+    st.integers(1, 9),
+)
+restores = st.lists(
+    st.one_of(repeated, st.lists(packets, max_size=3)), max_size=6
+).map(lambda parts: [packet for part in parts for packet in part])
+
+
+@given(restores, st.data())
+def test_packets_of_a_length_received_beside_their_headers_are_the_same(sent, data):
+    wire, taken = memoryview(wire_of(sent)), 0
+    peer, got = PtcommConnection(FROM_BACKEND), []
+    amounts = st.one_of(st.sampled_from([8, 65_536, 1 << 20]), st.integers(1, 200_000))
+    while True:
+        packet = None
+        if taken == len(wire) or data.draw(st.booleans()):
+            packet = peer.next_packet()
+            if packet is None and taken == len(wire):
+                break
+        # More arrives while the packet is looked at.
+        buffers = peer.get_buffers()
+        if taken < len(wire) and buffers:
+            some = wire[taken:][: data.draw(amounts)]
+            count = scattered(buffers, some)
+            assert count
+            peer.buffers_updated(count)
+            taken += count
+        if packet is not None:
+            got.append(Packet(packet.status, bytes(packet.data)))
+    assert joined(got) == joined(sent)
+
+
 @given(st.lists(packets, max_size=3), st.binary(max_size=100), st.booleans())
 def test_garbage_gives_packets_or_a_remote_protocol_error(sent, garbage, end):
     peer = PtcommConnection(FROM_BACKEND)

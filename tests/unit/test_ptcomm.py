@@ -67,6 +67,50 @@ def test_data_stays_intact_while_more_is_received():
     assert packet.data == b"a" * 65_536
 
 
+def readv(peer: PtcommConnection, wire: bytes) -> bytes:
+    """Receive what there is room for; return the rest."""
+    before = len(wire)
+    for buffer in peer.get_buffers():
+        part, wire = wire[: len(buffer)], wire[len(buffer) :]
+        buffer[: len(part)] = part
+    peer.buffers_updated(before - len(wire))
+    return wire
+
+
+def test_data_packets_of_one_length_come_as_one_in_place():
+    peer = PtcommConnection()
+    packets = [b"D065536\n" + bytes([number]) * 65_536 for number in range(6)]
+    assert readv(peer, packets[0]) == b""
+    first = peer.next_packet()
+    assert first is not None
+    assert readv(peer, b"".join(packets[1:]) + b"F000000\n") == b""
+    packet = peer.next_packet()
+    assert packet is not None
+    assert isinstance(packet.data, memoryview)
+    assert packet.data == b"".join(part[8:] for part in packets[1:])
+    assert first.data == bytes(65_536)
+    assert peer.next_packet() == Packet(Status.END_OF_DATA)
+    assert peer.next_packet() is None
+
+
+def test_a_header_other_than_foreseen_is_put_back_before_what_follows_it():
+    peer = PtcommConnection()
+    assert readv(peer, b"D004096\n" + b"a" * 4096) == b""
+    assert peer.next_packet() == Packet(Status.DATA, b"a" * 4096)
+    follows = b"D004096\n" + b"b" * 4096 + b"C000013\nOFFSET:65536\n"
+    assert readv(peer, follows + b"D004096\n" + b"c" * 4096 + b"D00") == b""
+    packets = []
+    while packet := peer.next_packet():
+        packets.append(Packet(packet.status, bytes(packet.data)))
+    assert packets == [
+        Packet(Status.DATA, b"b" * 4096),
+        Packet(Status.COMMAND, b"OFFSET:65536\n"),
+        Packet(Status.DATA, b"c" * 4096),
+    ]
+    assert readv(peer, b"4096\n" + b"d" * 4096) == b""
+    assert peer.next_packet() == Packet(Status.DATA, b"d" * 4096)
+
+
 @pytest.mark.parametrize(
     ("wire", "expected"),
     [
