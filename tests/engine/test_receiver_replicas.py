@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pveplug.dr import boot
 from pveplug.dr.receiver import Receiver
 from pveplug.dr.services import ReplicaServices
 from pveplug.dr.store import ReplicaStore
@@ -79,7 +80,8 @@ class Site:
 
 
 @pytest.fixture
-def site(short_tmp: Path) -> Site:
+def site(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setattr(boot, "SETTLE_S", 0.01)
     return Site(short_tmp)
 
 
