@@ -81,7 +81,7 @@ def scattered(buffers: list[memoryview], data: memoryview) -> int:
 
 
 def joined(sent: list[Packet]) -> list[Packet]:
-    """Return packets with the data of neighbours in one, as nothing tells them apart."""
+    """Return packets with the data of neighbours in one: nothing tells them apart."""
     out: list[Packet] = []
     for packet in sent:
         if packet.status is Status.DATA and out and out[-1].status is Status.DATA:
@@ -101,9 +101,9 @@ repeated = st.builds(
     st.sampled_from([1, 4095, 4096, 4100, 65_536, 262_144, 300_000]),
     st.integers(1, 9),
 )
-restores = st.lists(
-    st.one_of(repeated, st.lists(packets, max_size=3)), max_size=6
-).map(lambda parts: [packet for part in parts for packet in part])
+restores = st.lists(st.one_of(repeated, st.lists(packets, max_size=3)), max_size=6).map(
+    lambda parts: [packet for part in parts for packet in part]
+)
 
 
 @given(restores, st.data())
