@@ -5,14 +5,15 @@ A READ goes through three places, and only the second of them holds memory::
 
     waiting                     reading                    written
     device.ready() -> a task    device.read(): at most     the transport: while it has
-    per request, no buffer      ``Limits.bytes`` at a      more than ``HIGH_WATER`` to
-                                time, in order of ready    send, nothing is read
+    per request, no buffer      ``Limits.bytes`` at a      anything to send (TLS: more
+                                time, in order of ready    than 2 MiB), nothing is read
 
 So hundreds of reads may wait for data that is still to come while others are answered.
 At ``Limits.requests`` open requests the socket is left alone until one is answered.
 
 A request that needs no waiting costs no task: where the device has the answer at hand
-(warm data), it is on its way before the event loop turns.
+(warm data), it is on its way before the event loop turns. After that, a client which
+has nothing else to wait for is waited for awake (:mod:`pveplug.nbd.polling`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
 from pveplug.errors import NbdError, ProtocolError, PveplugError
+from pveplug.nbd.polling import Lookout, worth_polling
 from pveplug.nbd.sockets import widen
 from pveplug.proto.nbd_handshake import StartTls
 from pveplug.proto.nbd_offer import Offer
@@ -53,9 +55,11 @@ from pveplug.proto.nbd_server import (
 from pveplug.proto.nbd_wire import Command, Error
 from pveplug.units import KiB, MiB
 
-HIGH_WATER: Final = 2 * MiB
-"""The transport's: so much may be on its way to a client that reads slowly, and one
-reply more."""
+HIGH_WATER: Final = 0
+"""The transport's, in plain text: it holds but what the socket didn't take of the last
+reply, and uvloop then writes at once, not when the loop turns."""
+TLS_HIGH_WATER: Final = 2 * MiB
+"""With TLS so much may be on its way to a slow client, and one reply more."""
 SOCKET_BYTES: Final = 1 * MiB
 """A unix socket's own buffer: with its default (208 KiB)
 each 256 KiB reply took three turns of the event loop, and half as much CPU again."""
@@ -178,6 +182,8 @@ class ServerConnection(asyncio.BufferedProtocol):
         self._paused = False  # the transport has enough to write
         self._full = False  # the machine has; the socket is left alone
         self._pumping = False
+        self._lookout: Lookout | None = None
+        self._replied = False  # since the client was last heard
         self._closing = False
         self._early: bytearray | None = None  # came before start_tls() returned
         self._timer: asyncio.TimerHandle | None = None
@@ -208,6 +214,8 @@ class ServerConnection(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             _prepare(sock)
+            if self._tls is None and worth_polling():
+                self._lookout = Lookout(self._loop, sock.fileno())
         refused = self._came(self)
         if refused is not None:
             log.warning("nbd-client-refused reason=%s", refused)
@@ -225,7 +233,9 @@ class ServerConnection(asyncio.BufferedProtocol):
         if self._closing:
             return
         if self._early is None:
+            self._replied = False
             self._receive(data)
+            self._look_out()
             return
         # asyncio hands over what came inside TLS before start_tls() has returned.
         self._early += data
@@ -299,7 +309,7 @@ class ServerConnection(asyncio.BufferedProtocol):
             self._abort()
             return
         self._transport = secured
-        secured.set_write_buffer_limits(high=HIGH_WATER)
+        secured.set_write_buffer_limits(high=TLS_HIGH_WATER)
         self._paused = False
         self.machine.tls_established()
         self._receive(bytes(early or b""))
@@ -406,6 +416,13 @@ class ServerConnection(asyncio.BufferedProtocol):
         transport = self._transport
         if transport is not None and buffers and not transport.is_closing():
             transport.writelines(buffers)
+            self._replied = True
+
+    def _look_out(self) -> None:
+        """Where the client has its answer and asks for nothing else, it soon will."""
+        idle = self._replied and not self._paused and not self.machine.open_requests
+        if idle and self._lookout is not None:
+            self._lookout.look()
 
     # -- inside: endings ------------------------------------------------------
 
