@@ -188,14 +188,22 @@ class NbdClient:
     # -- one request, for those who keep several in flight ---------------------
 
     def start_read(
-        self, offset: int, buffer: memoryview, *, dont_fragment: bool = False
+        self,
+        offset: int,
+        buffer: memoryview,
+        *,
+        dont_fragment: bool = False,
+        hold: bool = False,
     ) -> Pending:
         """Send one READ of at most ``maximum_block`` aligned bytes.
 
-        ``buffer`` belongs to the client until the request ends or is abandoned.
+        ``buffer`` belongs to the client until the request ends or is abandoned. With
+        ``hold`` it may be sent with the next request, at the latest when the event
+        loop turns.
         """
         return self._adapter.submit(
-            lambda: self._machine.read(offset, buffer, dont_fragment=dont_fragment)
+            lambda: self._machine.read(offset, buffer, dont_fragment=dont_fragment),
+            hold=hold,
         )
 
     def start_write(

@@ -28,6 +28,9 @@ from pveplug.units import KiB, MiB
 GOODBYE_S: Final = 2.0
 WRITE_PIECE: Final = 256 * KiB
 LONG_PIECE: Final = 1 * MiB
+SHORT_ONES: Final = 64
+SHORT_BYTES: Final = 4 * KiB
+"""So many requests without data, or as many bytes, are written at a time."""
 SOCKET_BYTES: Final = 4 * MiB
 """What may wait in a socket for qemu-nbd, so that it needn't wait for our next turn."""
 
@@ -78,6 +81,7 @@ class Adapter(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._queue: deque[memoryview] = deque()
         self._paused = False
+        self._pump_due = False
         self._piece = WRITE_PIECE
         self._nowhere = memoryview(bytearray(1))
         self._heard = 0
@@ -86,13 +90,19 @@ class Adapter(asyncio.BufferedProtocol):
 
     # -- called by the client ---------------------------------------------------
 
-    def submit(self, verb: Callable[[], Cookie]) -> Pending:
+    def submit(self, verb: Callable[[], Cookie], *, hold: bool = False) -> Pending:
+        """Send a request; with ``hold`` the next one or the loop's turn may send it."""
         if self._error is not None:
             raise self._error
         cookie = verb()
         future: asyncio.Future[Status | None] = self._loop.create_future()
         self._waiting[cookie] = future
-        self._pump()
+        if not hold:
+            self._pump()
+        elif not self._pump_due:
+            # Not for longer: the server owes nothing for what it hasn't got.
+            self._pump_due = True
+            self._loop.call_soon(self._pump_held)
         if self._timer is None:
             self._quiet = 0
             self._timer = self._loop.call_later(self._tick_s, self._tick)
@@ -233,14 +243,25 @@ class Adapter(asyncio.BufferedProtocol):
         """
         queue = self._queue
         queue.extend(map(memoryview, self.machine.data_to_send()))
-        if self._transport is None:
+        if not queue or self._transport is None:
             return
+        if 1 < len(queue) <= SHORT_ONES and not self._paused:
+            # uvloop would write each of them by itself.
+            if sum(map(len, queue)) <= SHORT_BYTES:
+                self._transport.write(b"".join(queue))
+                queue.clear()
+                return
         while queue and (last or not self._paused):
             data = queue.popleft()
             if len(data) > self._piece:
                 queue.appendleft(data[self._piece :])
                 data = data[: self._piece]
             self._transport.write(data)
+
+    def _pump_held(self) -> None:
+        self._pump_due = False
+        if self._error is None:
+            self._pump()
 
     def _abandon(self, pending: Pending) -> None:
         self.machine.abandon(pending.cookie)

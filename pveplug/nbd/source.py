@@ -45,6 +45,8 @@ ZEROES: Final = bytes(1 * MiB)
 SHORT: Final = (CLUSTER, 4 * CLUSTER)
 """Buffers of scattered pieces, as many of them are under way; others are as long as a
 request."""
+HELD: Final = 8
+"""So many short requests are sent at a time, each takes a system call otherwise."""
 MAX_REQUESTS: Final = 32
 """QEMU works at 16 of a client's requests at a time; the others wait at its door."""
 
@@ -275,6 +277,7 @@ class OrderedReader:
         self._sizes = (*(s for s in SHORT if s < self._request), self._request)
         self._free: dict[int, list[bytearray]] = {size: [] for size in self._sizes}
         self._pooled = 0  # bytes in these
+        self._held = 0
 
     async def read(self, runs: Iterable[tuple[int, int]]) -> AsyncIterator[Slot]:
         """Yield the bytes of ``(offset, length)`` runs; touching runs are joined.
@@ -283,6 +286,7 @@ class OrderedReader:
         """
         pieces = self._pieces(runs)
         piece = next(pieces, None)
+        size = 0 if piece is None else self._size(piece[1])
         under_way: deque[tuple[Slot, Pending | None]] = deque()
         ahead = 0  # bytes of the buffers under way
         theirs: deque[bytearray] = deque()  # in the consumer's hands
@@ -291,13 +295,13 @@ class OrderedReader:
                 while piece is not None and (
                     not under_way
                     or (
-                        ahead + self._size(piece[1]) <= self._bytes
-                        and len(under_way) < self._allowed()
+                        ahead + size <= self._bytes and len(under_way) < self._allowed()
                     )
                 ):
-                    under_way.append(self._start(*piece))
-                    ahead += self._size(piece[1])
+                    under_way.append(self._start(*piece, size))
+                    ahead += size
                     piece = next(pieces, None)
+                    size = 0 if piece is None else self._size(piece[1])
                 if not under_way:
                     return
                 slot, pending = under_way[0]
@@ -319,22 +323,31 @@ class OrderedReader:
             for buffer in theirs:
                 self._release(buffer)
 
-    def _start(self, offset: int, length: int) -> tuple[Slot, Pending | None]:
+    def _start(
+        self, offset: int, length: int, size: int
+    ) -> tuple[Slot, Pending | None]:
         client, unit = self._client, self._client.minimum_block
-        buffer = self._buffer(self._size(length))
+        buffer = self._buffer(size)
         slot = Slot(offset, length, buffer, memoryview(buffer)[:length])
         end = offset + length
         if offset % unit or (end % unit and end != client.size):
             return slot, None  # needs a copy; read when it is this slot's turn
         try:
-            return slot, client.start_read(offset, slot.view)
+            self._held = self._held + 1 if size <= SHORT[-1] else HELD
+            hold = self._held < HELD
+            if not hold:
+                self._held = 0
+            return slot, client.start_read(offset, slot.view, hold=hold)
         except BaseException:
             self._release(buffer)
             raise
 
     def _size(self, length: int) -> int:
         """Return how long the buffer of a piece is."""
-        return next(size for size in self._sizes if length <= size)
+        for size in self._sizes:
+            if length <= size:
+                break
+        return size
 
     def _buffer(self, size: int) -> bytearray:
         if free := self._free[size]:
