@@ -77,7 +77,8 @@ class OutgoingFile:
         """Send the bytes of ``buffers``, in a row, as those from ``offset`` on.
 
         When this returns the buffers may be reused: small ones (64 KiB in total) were
-        copied, larger ones are in the pipe. Without offsets a gap is sent as zeroes.
+        copied, and go out with those that follow; larger ones are in the pipe. Without
+        offsets a gap is sent as zeroes.
         Cancelled, the buffers are still being written: the file is then beyond
         repair anyway, but don't put another disk's bytes into them before ``abort()``.
 
@@ -93,24 +94,21 @@ class OutgoingFile:
             )
         if not size:
             return
+        if offset != self.position and not self._offsets:
+            await self.fill(offset)
         frames: list[Buffer] = []
-        if offset != self.position:
-            if self._offsets:
-                frames.append(ptcomm.command(f"OFFSET:{offset}"))
-            else:
-                await self.fill(offset)
         if not self._open:
-            frames.insert(0, ptcomm.command("DATA"))
+            frames.append(ptcomm.command("DATA"))
             self._open = True
+        if offset != self.position:
+            frames.append(ptcomm.command(f"OFFSET:{offset}"))
         self.position = offset + size
         self.sent += size
         frames += ptcomm.data_frames(buffers)
-        if size <= COPY_BYTES:
-            mark = self._pipe.send([b"".join(frames)])
+        if size > COPY_BYTES:
+            await self._pipe.written(self._pipe.send(frames))
+        elif mark := self._pipe.gather(frames):
             await self._pipe.written(mark - QUEUE_BYTES)
-        else:
-            mark = self._pipe.send(frames)
-            await self._pipe.written(mark)
 
     async def fill(self, end: int) -> None:
         """Send zeroes up to ``end``.

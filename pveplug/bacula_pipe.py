@@ -4,8 +4,9 @@
 Reading is done in the loop, by ``readv`` straight into the connection's one buffer, and
 goes on while we are busy elsewhere: that is how a vanished bacula-fd is noticed in the
 middle of a read from a disk. Writing is done by one thread, because a pipe that is full
-would block the loop; what waits for it is bounded in bytes. Nobody else reads or writes
-these file descriptors.
+would block the loop; what waits for it is bounded in bytes. What is short is written
+at once where nothing waits, as far as the pipe has room: to wake a thread for it takes
+longer. Nobody else reads or writes these file descriptors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import queue
 import select
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -36,6 +38,10 @@ PIPE_BYTES: Final = MiB
 """Default of /proc/sys/fs/pipe-max-size: what an unprivileged process may have."""
 QUEUE_BYTES: Final = 2 * MiB
 """Copied bytes that may wait for the writer thread."""
+AT_ONCE: Final = 384 * KiB
+"""Up to so much isn't worth the thread, which has to get Python's lock twice for it."""
+GATHER_BYTES: Final = 256 * KiB
+"""So much of what was copied goes out at a time."""
 _MERGED: Final = 256 * KiB
 _IOV: Final = 512  # half of Linux' IOV_MAX
 
@@ -57,7 +63,7 @@ class PipeWriter:
             queue.SimpleQueue()
         )
         self._queued = 0
-        self._written = 0  # only the thread changes it
+        self._written = 0  # while something is queued only the thread changes it
         self._lowest: float = float("inf")  # wake the loop when this much is written
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._failure: str | None = None
@@ -86,8 +92,33 @@ class PipeWriter:
         if self._failure is not None:
             raise TransportError(self._failure)
         self._queued += size
+        if size <= AT_ONCE and self._written == self._queued - size:
+            buffers, left = self._at_once(buffers, size)
+            self._written += size - left
+            if not left:
+                return self._queued
+            size = left
         self._queue.put((buffers, size))
         return self._queued
+
+    def _at_once(
+        self, buffers: Sequence[Buffer], left: int
+    ) -> tuple[Sequence[Buffer], int]:
+        """Write what there is room for; return what is left, and its size."""
+        if len(buffers) > _IOV:
+            return buffers, left
+        try:
+            count = os.writev(self._fd, buffers) if left else 0
+        except OSError:
+            return buffers, left  # no room, or broken, which the thread will tell
+        if count == left:
+            return (), 0
+        rest = list(buffers)
+        left -= count
+        while count >= len(rest[0]):
+            count -= len(rest.pop(0))
+        rest[0] = memoryview(rest[0])[count:]
+        return rest, left
 
     async def written(self, mark: int) -> None:
         """Wait until everything up to ``mark`` is in the pipe.
@@ -206,6 +237,34 @@ class PipeWriter:
         return at == len(rest)
 
 
+class _Copies:
+    """Small things in a row, copied into one buffer."""
+
+    def __init__(self) -> None:
+        self._view = memoryview(bytearray(GATHER_BYTES))
+        self.used = 0
+        self.mark = 0
+        """The writer's, when it was last sent."""
+
+    def fits(self, size: int) -> bool:
+        return self.used + size <= GATHER_BYTES
+
+    def add(self, buffers: Sequence[Buffer]) -> None:
+        """Copy these to the end."""
+        at = self.used
+        for buffer in buffers:
+            end = at + len(buffer)
+            self._view[at:end] = buffer
+            at = end
+        self.used = at
+
+    def take(self) -> memoryview:
+        """Return what was copied; it stays until something is added."""
+        view = self._view[: self.used]
+        self.used = 0
+        return view
+
+
 class PtcommPipe:
     """Packets from one file descriptor, bytes to another; owns and closes both.
 
@@ -223,6 +282,9 @@ class PtcommPipe:
         self._arrived: asyncio.Future[None] | None = None
         self._lost: str | None = None
         self._refused: str | None = None
+        self._copies = _Copies()
+        self._sent: deque[_Copies] = deque()
+        self._flush_due = False
         self.closed = asyncio.Event()
         for fd in (fd_in, fd_out):
             # Refused for sockets and by low limits; then it is only slower.
@@ -274,14 +336,53 @@ class PtcommPipe:
             LocalProtocolError: after :meth:`refuse`.
             TransportError: the pipe is closed.
         """
+        self._must_be_open()
+        if self._copies.used:
+            self._send_copies()
+        return self.writer.put(buffers, sum(len(buffer) for buffer in buffers))
+
+    def gather(self, buffers: Sequence[Buffer]) -> int:
+        """Copy at most ``GATHER_BYTES``, to go out before whatever is sent next.
+
+        That is at the latest when the event loop turns, so nothing waits while we do.
+
+        Returns: the mark of what this sent, 0 where that is nothing yet.
+
+        Raises: as :meth:`send`.
+        """
+        self._must_be_open()
+        size = sum(len(buffer) for buffer in buffers)
+        mark = 0 if self._copies.fits(size) else self._send_copies()
+        self._copies.add(buffers)
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+        return mark
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self._copies.used:
+            with contextlib.suppress(TransportError):  # told to whoever sends next
+                self._send_copies()
+
+    def _send_copies(self) -> int:
+        copies, sent = self._copies, self._sent
+        view = copies.take()
+        copies.mark = self.writer.put([view], len(view))
+        sent.append(copies)
+        free = sent[0].mark <= self.writer.done
+        self._copies = sent.popleft() if free else _Copies()
+        return copies.mark
+
+    def _must_be_open(self) -> None:
         if self._refused is not None:
             raise LocalProtocolError(self._refused)
         if self._lost is not None:
             raise TransportError(self._lost)
-        return self.writer.put(buffers, sum(len(buffer) for buffer in buffers))
 
     def refuse(self, reason: str) -> None:
         """Nothing else may be sent: :meth:`send` raises ``reason`` from now on."""
+        self._flush()
         self._refused = reason
 
     async def written(self, mark: int | None = None) -> None:
@@ -290,8 +391,11 @@ class PtcommPipe:
         Raises:
             TransportError: the pipe is closed.
         """
-        target = mark if mark is not None else self.writer.put((), 0)
-        await self.writer.written(target)
+        if mark is None:
+            if self._copies.used:
+                self._send_copies()
+            mark = self.writer.put((), 0)
+        await self.writer.written(mark)
 
     def close(self) -> None:
         """Stop reading and writing, close both file descriptors; never blocks."""
