@@ -36,6 +36,23 @@ class ClusterCutter:
         self._part = bytearray()  # of a cluster that came in several pieces
         self._part_at = 0  # where the next piece must begin
 
+    def take_whole(
+        self, offset: int, buffer: bytearray, start: int, length: int
+    ) -> list[bytes | None] | None:
+        """Return the hashes of clusters that are here whole; arguments as :meth:`take`.
+
+        Returns: None, and nothing is taken, where one is not of 64 KiB or not whole.
+        """
+        if self._part or offset % CLUSTER or length % CLUSTER:
+            return None
+        view = memoryview(buffer)
+        return [
+            None
+            if buffer.startswith(_NOUGHT, at, at + CLUSTER)
+            else blake3(view[at : at + CLUSTER]).digest()
+            for at in range(start, start + length, CLUSTER)
+        ]
+
     def take(
         self, offset: int, buffer: bytearray, start: int, length: int
     ) -> Iterator[tuple[int, bytes | None]]:

@@ -89,6 +89,30 @@ def written(image: Made, header: Header, *, piece: int = CLUSTER) -> bytes:
     return out.getvalue()
 
 
+@given(st.text("0ab", min_size=1, max_size=5), st.integers(0, 3), st.integers(0, 9))
+def test_whole_clusters_have_the_same_hashes_taken_at_once(letters, tail, start):
+    size = sized(len(letters), tail)
+    disk = b"".join(content(letter, CLUSTER) for letter in letters)[:size]
+    buffer = bytearray(b"y" * start + disk)
+    one, other = ClusterCutter(size), ClusterCutter(size)
+    apart = list(one.take(0, buffer, start, size))
+    at_once = other.take_whole(0, buffer, start, size)
+    if size % CLUSTER:
+        assert at_once is None
+        assert list(other.take(0, buffer, start, size)) == apart
+    else:
+        assert list(enumerate(at_once)) == apart
+    assert other.take_whole(512, buffer, start, CLUSTER) is None
+
+
+def test_a_cluster_that_is_not_whole_yet_is_not_passed_over():
+    cutter, disk = ClusterCutter(2 * CLUSTER), bytearray(b"a" * 2 * CLUSTER)
+    assert not list(cutter.take(0, disk, 0, 512))
+    assert cutter.take_whole(CLUSTER, disk, 0, CLUSTER) is None
+    with pytest.raises(IntegrityError, match="was left at byte 512"):
+        list(cutter.take(CLUSTER, disk, 0, CLUSTER))
+
+
 def row_of(history: list[Made], *, piece: int = CLUSTER) -> list[bytes]:
     files: list[bytes] = []
     for number, image in enumerate(history):
