@@ -245,18 +245,17 @@ class Adapter(asyncio.BufferedProtocol):
         queue.extend(map(memoryview, self.machine.data_to_send()))
         if not queue or self._transport is None:
             return
-        if 1 < len(queue) <= SHORT_ONES and not self._paused:
-            # uvloop would write each of them by itself.
-            if sum(map(len, queue)) <= SHORT_BYTES:
-                self._transport.write(b"".join(queue))
-                queue.clear()
-                return
         while queue and (last or not self._paused):
-            data = queue.popleft()
-            if len(data) > self._piece:
-                queue.appendleft(data[self._piece :])
-                data = data[: self._piece]
-            self._transport.write(data)
+            pieces, room = [queue.popleft()], self._piece + SHORT_BYTES
+            room -= len(pieces[0])
+            # uvloop would write each by itself, and wake the server for its header.
+            while queue and room >= len(queue[0]) and len(pieces) < SHORT_ONES:
+                pieces.append(queue.popleft())
+                room -= len(pieces[-1])
+            if room < 0:
+                queue.appendleft(pieces[0][self._piece :])
+                pieces[0] = pieces[0][: self._piece]
+            self._transport.writelines(pieces)
 
     def _pump_held(self) -> None:
         self._pump_due = False
