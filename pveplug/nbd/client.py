@@ -182,6 +182,12 @@ class NbdClient:
         return bool(self.flags & TransmissionFlag.CAN_MULTI_CONN)
 
     @property
+    def can_choose_context(self) -> bool:
+        """Whether BLOCK_STATUS may ask for one of several contexts."""
+        offered = self.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        return bool(offered) and self.extended
+
+    @property
     def can_dont_fragment(self) -> bool:
         return self.structured and bool(self.flags & TransmissionFlag.SEND_DF)
 
@@ -327,11 +333,18 @@ class NbdClient:
             pending.abandon()
             raise
 
-    def start_status(self, offset: int, length: int) -> Pending:
-        """Start what :meth:`status` waits for; await it, or abandon it."""
+    def start_status(
+        self, offset: int, length: int, only: str | None = None
+    ) -> Pending:
+        """Start what :meth:`status` waits for; await it, or abandon it.
+
+        ``only`` is one of the contexts; see :attr:`can_choose_context`.
+        """
         if not self.extended:
             length = min(length, COMPACT_STATUS)
-        return self._adapter.submit(lambda: self._machine.block_status(offset, length))
+        return self._adapter.submit(
+            lambda: self._machine.block_status(offset, length, only=only)
+        )
 
     def abort(self, reason: str) -> None:
         """Drop the connection now; all who wait get a TransportError."""

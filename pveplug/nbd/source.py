@@ -20,6 +20,12 @@ of them cover counts, the next question begins there::
 
 Neither an extent that reaches behind the window, nor one that reaches behind the end
 of the disk, tells anything about what is there.
+
+Where a server lets us choose (QEMU since 8.2), the allocation isn't asked for where it
+doesn't count: a window with few dirty runs is asked for its bitmap only, and then for
+the allocation of those. A single cluster isn't asked about: it is DATA, and to read it
+tells as well whether it is zero. To tell the allocation of a qcow2 image of 1000 GiB
+takes QEMU seconds, for it looks at each entry of each of its tables.
 """
 
 from __future__ import annotations
@@ -41,6 +47,11 @@ from pveplug.units import CLUSTER, GiB, KiB, MiB, round_down, round_up
 
 WINDOW: Final = 4 * GiB - CLUSTER
 """The longest aligned question without extended headers: 26 of them for 100 GiB."""
+SPARSE: Final = 64
+"""Up to so many dirty runs in a window their allocation is asked for by itself: a
+question for each, of 0.1 ms, where 4 GiB of an image cost 5 to 10."""
+TOO_SHORT: Final = CLUSTER
+"""A dirty run up to here isn't asked about then: to read it takes no longer."""
 ZEROES: Final = bytes(1 * MiB)
 SHORT: Final = (CLUSTER, 4 * CLUSTER)
 """Buffers of scattered pieces, as many of them are under way; others are as long as a
@@ -139,10 +150,16 @@ async def _rounds(
         return
     unit = client.minimum_block
     window = max(round_down(window, unit), unit)
+    choosing = (
+        context is not None
+        and wire.BASE_ALLOCATION in client.contexts
+        and client.can_choose_context
+    )
+    only = context if choosing else None
 
     def ask(low: int) -> Pending:
         asked = min(round_up(min(low + window, end), unit), client.size) - low
-        return client.start_status(low, asked)
+        return client.start_status(low, asked, only)
 
     at = start
     low = round_down(at, unit)
@@ -150,19 +167,86 @@ async def _rounds(
     try:
         while pending is not None:
             status = await pending
+            pending = None
             assert status is not None  # noqa: S101  # that is what was asked for
             allocation = status.get(wire.BASE_ALLOCATION)
             bitmap = status[context] if context is not None else None
+            if choosing and bitmap is not None:
+                few = _few(bitmap)
+                only = context if few else None
+                if allocation is None and not few:
+                    pending = ask(low)  # the same again, with its allocation
+                    continue
             lengths = [runs.total for runs in (allocation, bitmap) if runs is not None]
             high = min(low + min(lengths), end)
             at, before = max(at, high), low
             low = round_down(at, unit)
             # The server looks for the next answer while this one is gone through.
             pending = ask(low) if at < end else None
-            yield _merged(before, high, bitmap, allocation)
+            if bitmap is None or allocation is not None or not choosing:
+                yield _merged(before, high, bitmap, allocation)
+                continue
+            async with aclosing(_looked_up(client, before, high, bitmap)) as rounds:
+                async for pieces in rounds:
+                    yield pieces
     finally:
         if pending is not None:
             pending.abandon()
+
+
+def _few(bitmap: Runs) -> bool:
+    return len(bitmap) <= 2 * SPARSE + 1 and (
+        sum(flags & wire.STATE_DIRTY for flags in bitmap.flags) <= SPARSE
+    )
+
+
+async def _looked_up(
+    client: NbdClient, at: int, high: int, bitmap: Runs
+) -> AsyncGenerator[Iterable[tuple[int, Kind]], None]:
+    """Yield a window's pieces; the allocation of its few dirty runs is asked for."""
+    unit = client.minimum_block
+    dirty = [
+        run for run in _dirty_runs(at, high, bitmap) if run[1] - run[0] > TOO_SHORT
+    ]
+
+    def ask(low: int, stop: int) -> Pending:
+        low = round_down(low, unit)
+        asked = min(round_up(stop, unit), client.size) - low
+        return client.start_status(low, asked, wire.BASE_ALLOCATION)
+
+    under_way = deque(ask(low, stop) for low, stop in dirty)
+    try:
+        told = list[tuple[int, Kind]]()
+        for low, stop in _dirty_runs(at, high, bitmap):
+            told.append((low, Kind.CLEAN))
+            if stop - low <= TOO_SHORT:
+                told.append((stop, Kind.DATA))
+                continue
+            yield told
+            told = []
+            while low < stop:
+                status = await under_way[0]
+                under_way.popleft()
+                assert status is not None  # noqa: S101  # that is what was asked for
+                runs, first = status[wire.BASE_ALLOCATION], round_down(low, unit)
+                yield _kinds(first, stop, runs, wire.STATE_ZERO, Kind.ZERO, Kind.DATA)
+                low = max(low, min(first + runs.total, stop))
+                if low < stop:
+                    under_way.appendleft(ask(low, stop))
+        yield [*told, (high, Kind.CLEAN)]
+    finally:
+        for pending in under_way:
+            pending.abandon()
+
+
+def _dirty_runs(at: int, high: int, bitmap: Runs) -> Iterator[tuple[int, int]]:
+    for length, flags in bitmap:
+        if at >= high:
+            return
+        stop = min(at + length, high)
+        if flags & wire.STATE_DIRTY:
+            yield at, stop
+        at = stop
 
 
 def _dirty_context(dirty: str | None) -> str | None:

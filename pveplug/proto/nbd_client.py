@@ -26,7 +26,7 @@ from __future__ import annotations
 import enum
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, NewType
 
@@ -226,12 +226,34 @@ class NbdClientMachine:
         self._need(TransmissionFlag.SEND_FLUSH, "FLUSH")
         return self._request(Command.FLUSH, CommandFlag(0), 0, 0)
 
-    def block_status(self, offset: int, length: int, *, one: bool = False) -> Cookie:
-        """Ask for the extents of every granted context; ``one`` per context only."""
-        if not self._ready().contexts:
+    def block_status(
+        self, offset: int, length: int, *, one: bool = False, only: str | None = None
+    ) -> Cookie:
+        """Ask for the extents of every granted context; ``one`` per context only.
+
+        ``only`` asks for one context (NBD specification, NBD_CMD_BLOCK_STATUS with
+        NBD_CMD_FLAG_PAYLOAD_LEN), where the export offers BLOCK_STATUS_PAYLOAD.
+        """
+        contexts = self._ready().contexts
+        if not contexts:
             raise LocalProtocolError("the NBD server granted no metadata context")
         flags = CommandFlag.REQ_ONE if one else CommandFlag(0)
-        return self._request(Command.BLOCK_STATUS, flags, offset, length)
+        if only is None:
+            return self._request(
+                *(Command.BLOCK_STATUS, flags, offset, length),
+                contexts=contexts.values(),
+            )
+        self._need(TransmissionFlag.BLOCK_STATUS_PAYLOAD, "choosing a context")
+        ids = [number for number, name in contexts.items() if name == only]
+        if not ids:
+            raise LocalProtocolError(f"the NBD server granted no context {only}")
+        cookie = self._request(
+            *(Command.BLOCK_STATUS, flags | CommandFlag.PAYLOAD_LEN, offset, length),
+            contexts=(only,),
+            sent_length=wire.STATUS_PAYLOAD.size,
+        )
+        self._outgoing.append(wire.STATUS_PAYLOAD.pack(length, ids[0]))
+        return cookie
 
     def disconnect(self) -> None:
         """Say goodbye; the server answers what is owed and closes."""
@@ -274,9 +296,11 @@ class NbdClientMachine:
         length: int,
         *,
         view: memoryview | None = None,
+        contexts: Collection[str] = (),
+        sent_length: int | None = None,
     ) -> Cookie:
         export = self._ready()
-        request = Request(command, flags, offset, length, view)
+        request = Request(command, flags, offset, length, view, contexts)
         if command is not Command.FLUSH:
             end, unit = offset + length, export.minimum_block
             if not 0 <= offset < end <= export.size:
@@ -290,7 +314,8 @@ class NbdClientMachine:
             raise LocalProtocolError(f"{request} on a read-only NBD export")
         self._cookie += 1
         self._requests[self._cookie] = request
-        self._send_request(command, flags, self._cookie, offset, length)
+        sent = length if sent_length is None else sent_length
+        self._send_request(command, flags, self._cookie, offset, sent)
         return Cookie(self._cookie)
 
     def _send_request(
@@ -485,6 +510,7 @@ class NbdClientMachine:
             len(data) != head + count * unit
             or count < 1
             or context is None
+            or context not in request.contexts
             or context in request.status
             or (wide and (not export.extended or count != _uint32(data, 4)))
         ):
@@ -513,7 +539,7 @@ class NbdClientMachine:
                 raise RemoteProtocolError(f"NBD reply left out a part of {request}")
             if request.command is Command.BLOCK_STATUS:
                 status = request.status
-                if len(status) != len(self._ready_export().contexts):
+                if len(status) != len(request.contexts):
                     raise RemoteProtocolError(f"NBD reply to {request} lacks a context")
         self._events.append(Completed(Cookie(cookie), request.error, status))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,6 +44,8 @@ class Request:
     offset: int
     length: int
     view: memoryview | None = None
+    contexts: Collection[str] = ()
+    """What a BLOCK_STATUS has to tell."""
     error: NbdError | None = None
     status: dict[str, Runs] = field(default_factory=dict)
     ranges: list[tuple[int, int]] = field(default_factory=list)

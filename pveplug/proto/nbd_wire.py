@@ -156,6 +156,8 @@ EXPORT_NAME_REPLY: Final = struct.Struct(">QH")  # size, transmission flags
 INFO_EXPORT: Final = struct.Struct(">HQH")  # type, size, transmission flags
 INFO_BLOCK_SIZE: Final = struct.Struct(">HIII")  # type, minimum, preferred, maximum
 REQUEST: Final = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, len
+STATUS_PAYLOAD: Final = struct.Struct(">QI")
+"""How long a range, and the id of the one context that is asked for."""
 EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")  # magic, error, cookie
 STRUCTURED_REPLY: Final = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length

@@ -17,6 +17,7 @@ import pytest
 
 from pveplug.errors import CommandError, ConfigError, NbdError, TransportError
 from pveplug.extents import Extent, Kind, clipped, coalesced, tiles
+from pveplug.nbd import source
 from pveplug.nbd.client import UnixAddress, connect
 from pveplug.nbd.qemu_nbd import qemu_nbd
 from pveplug.nbd.sink import NbdSink
@@ -44,7 +45,7 @@ def nbdinfo(path, export, context):
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
 async def test_a_dirty_bitmap_of_a_running_qemu_becomes_clean_data_and_zero(
-    tmp_path, fmt
+    tmp_path, fmt, monkeypatch
 ):
     disk = make_image(tmp_path / "disk", fmt, SIZE)
     with BareQemu(tmp_path, "blockdev", {"scsi0": disk}) as vm:
@@ -75,6 +76,12 @@ async def test_a_dirty_bitmap_of_a_running_qemu_becomes_clean_data_and_zero(
             told = [e async for e in extents(client, dirty="ph-t", window=7 * MiB)]
             assert tiles(whole, SIZE)
             assert tiles(told, SIZE)
+            # The allocation of a dirty run by itself, or that of all it lies in.
+            version = vm.command("query-version")["qemu"]
+            newer = (version["major"], version["minor"]) >= (8, 2)
+            assert client.can_choose_context == newer
+            monkeypatch.setattr(source, "SPARSE", 0)
+            assert [e async for e in extents(client, dirty="ph-t")] == told
             assert told == list(
                 coalesced(
                     e

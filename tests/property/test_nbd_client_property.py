@@ -22,9 +22,11 @@ from hypothesis.stateful import (
 
 from pveplug.errors import NbdError, RemoteProtocolError
 from pveplug.extents import Extent, Kind, coalesced, tiles
+from pveplug.nbd import source as nbd_source
 from pveplug.nbd.source import extents, is_zero, mark
 from pveplug.proto.nbd_client import Completed, NbdClientMachine, Phase, Ready
 from pveplug.proto.nbd_request import Runs
+from pveplug.units import round_up
 from tests.support.nbd_model import FLAGS, Manner, ModelServer
 
 SIZE = 32 * 1024
@@ -193,17 +195,21 @@ class Answer:
 class FakeClient:
     """What extents() needs of a client, told from runs."""
 
-    def __init__(self, manner, contexts, minimum_block=UNIT):
+    def __init__(self, manner, contexts, minimum_block=UNIT, *, choosing=False):
+        self.can_choose_context = choosing
+        self.asked = []
         self.model = ModelServer(bytearray(SIZE), manner)
         self.size, self.contexts, self.minimum_block = SIZE, contexts, minimum_block
         self.under_way = []
 
-    def start_status(self, offset, length):
+    def start_status(self, offset, length, only=None):
+        assert only is None or self.can_choose_context
+        self.asked.append((offset, length, only))
         assert offset % self.minimum_block == 0
         assert 0 < length
         assert offset + length <= SIZE
         told = {}
-        for name in self.contexts:
+        for name in self.contexts if only is None else [only]:
             runs = self.model.runs(name, offset, length)
             told[name] = Runs(
                 lengths=array("Q", [r[0] for r in runs]),
@@ -233,10 +239,20 @@ def expected_kinds(manner, contexts):
     granted=st.sets(st.sampled_from(CONTEXTS)),
     window=st.integers(1, 100).map(lambda n: n * UNIT),
     ends=st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(sorted),
+    few=st.one_of(st.none(), st.integers(0, 6)),
+    short=st.integers(0, 3).map(lambda n: n * UNIT),
+    unit=st.sampled_from([1, UNIT, 4 * UNIT]),
 )
-def test_any_legal_block_status_tiles_the_range(manner, granted, window, ends):
+def test_any_legal_block_status_tiles_the_range(
+    manner, granted, window, ends, few, short, unit
+):
+    """Also where the allocation is asked for by itself, of at most ``few`` runs.
+
+    What may then be DATA though it is zero is a run of at most ``short`` bytes.
+    """
     contexts = tuple(sorted(granted))
-    client = FakeClient(manner, contexts)
+    manner.status_limit = manner.status_limit and round_up(manner.status_limit, unit)
+    client = FakeClient(manner, contexts, unit, choosing=few is not None)
     start, end = ends
 
     async def collect():
@@ -244,7 +260,10 @@ def test_any_legal_block_status_tiles_the_range(manner, granted, window, ends):
         source = extents(client, dirty=dirty, start=start, end=end, window=window)
         return [extent async for extent in source]
 
-    got = asyncio.run(collect())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nbd_source, "SPARSE", few or 0)
+        patch.setattr(nbd_source, "TOO_SHORT", short)
+        got = asyncio.run(collect())
     assert not client.under_way
     moved = [Extent(e.offset - start, e.length, e.kind) for e in got]
     assert tiles(moved, end - start)
@@ -252,7 +271,42 @@ def test_any_legal_block_status_tiles_the_range(manner, granted, window, ends):
     kinds = expected_kinds(manner, contexts)
     for extent in got:
         low, high = extent.offset // UNIT, -(-extent.end // UNIT)
-        assert set(kinds[low:high]) == {extent.kind}
+        if few is None or extent.kind is not Kind.DATA:
+            assert set(kinds[low:high]) == {extent.kind}
+            continue
+        assert Kind.CLEAN not in kinds[low:high]
+        for kind, run in itertools.groupby(kinds[low:high]):
+            assert kind is Kind.DATA or len(list(run)) * UNIT <= short
+
+
+@pytest.mark.parametrize(
+    ("few", "short", "asked"),
+    [(1, UNIT, "once"), (0, UNIT, "with it"), (1, 2 * UNIT, "never")],
+)
+def test_allocation_counts_only_where_it_is_dirty(monkeypatch, few, short, asked):
+    """One run of two units is dirty in the second of four windows."""
+    monkeypatch.setattr(nbd_source, "SPARSE", few)
+    monkeypatch.setattr(nbd_source, "TOO_SHORT", short)
+    quarter = SIZE // 4
+    dirty = [(quarter + UNIT, 0), (2 * UNIT, 1), (SIZE - quarter - 3 * UNIT, 0)]
+    manner = Manner(contexts={CONTEXTS[0]: [(SIZE, 3)], CONTEXTS[1]: dirty})
+    client = FakeClient(manner, CONTEXTS, choosing=True)
+
+    async def collect():
+        return [e async for e in extents(client, dirty="b", window=quarter)]
+
+    got = [(e.offset, e.length, e.kind) for e in asyncio.run(collect())]
+    kind = Kind.DATA if asked == "never" else Kind.ZERO
+    assert got[1] == (quarter + UNIT, 2 * UNIT, kind)
+    bitmaps = [(n * quarter, quarter, CONTEXTS[1]) for n in range(4)]
+    if asked == "once":
+        run = (quarter + UNIT, 2 * UNIT, CONTEXTS[0])
+        assert sorted(client.asked) == sorted([*bitmaps, run])
+    elif asked == "never":
+        assert client.asked == bitmaps
+    else:  # the second again, and the third, of which nothing is known yet
+        both = [(quarter, quarter, None), (2 * quarter, quarter, None)]
+        assert client.asked == [*bitmaps[:2], *both, bitmaps[3]]
 
 
 def test_the_next_window_is_asked_for_while_one_is_gone_through():

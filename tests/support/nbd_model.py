@@ -177,11 +177,19 @@ class ModelServer:
         assert magic == expected
         command = Command(kind)
         payload = length if command is Command.WRITE else 0
+        chooses = flags & wire.CommandFlag.PAYLOAD_LEN
+        chosen = command is Command.BLOCK_STATUS and chooses
+        if chosen:
+            assert self._extended
+            assert self.manner.flags & wire.TransmissionFlag.BLOCK_STATUS_PAYLOAD
+            payload = length
         if command is Command.WRITE and self._extended:
             assert flags & wire.CommandFlag.PAYLOAD_LEN
         if len(self._in) < layout.size + payload:
             return False
         data = self._take(layout.size + payload)[layout.size :]
+        if chosen:
+            length = int.from_bytes(data[:8], "big")
         request = Request(command, flags, cookie, offset, length, data)
         self.seen.append(request)
         if command is Command.DISC:
@@ -263,7 +271,13 @@ class ModelServer:
 
     def _status_chunks(self, request: Request) -> list[bytes]:
         chunks = []
-        for i, name in enumerate(self._granted):
+        chosen = [
+            int.from_bytes(request.data[at : at + 4], "big") - 101
+            for at in range(8, len(request.data), 4)
+        ]
+        asked = chosen or range(len(self._granted))
+        for i in asked:
+            name = self._granted[i]
             runs = self.runs(name, request.offset, request.length)
             if request.flags & wire.CommandFlag.REQ_ONE:
                 length, flags = runs[0]
@@ -276,7 +290,7 @@ class ModelServer:
             else:
                 payload = number + b"".join(struct.pack(">II", *run) for run in runs)
                 kind = Chunk.BLOCK_STATUS
-            done = i == len(self._granted) - 1
+            done = i == asked[-1]
             chunks.append(self._chunk(request, kind, payload, done=done))
         return chunks
 

@@ -351,6 +351,46 @@ def test_a_context_that_is_left_out_is_missed():
         client.receive_data(reply)
 
 
+CHOOSES = wire.TransmissionFlag.BLOCK_STATUS_PAYLOAD
+TWO = {
+    "base:allocation": [(4096, 0), (SIZE - 4096, 3)],
+    "qemu:dirty-bitmap:b": [(8192, 1), (SIZE - 8192, 0)],
+}
+
+
+@pytest.mark.parametrize("only", [None, *TWO])
+def test_one_of_several_contexts_can_be_asked_for(only):
+    manner = Manner(extended=True, flags=FLAGS | CHOOSES, contexts=TWO)
+    client, server = ready(manner, contexts=[*TWO])
+    client.block_status(4096, 65536, only=only)
+    client.read(0, memoryview(bytearray(512)))
+    status, read = exchange(client, server)
+    assert {name: list(runs) for name, runs in status.status.items()} == {
+        name: server.runs(name, 4096, 65536) for name in ([only] if only else TWO)
+    }
+    assert read.error is None
+
+
+def test_a_context_is_chosen_only_where_that_is_offered_and_granted():
+    client, _ = ready(Manner(extended=True, contexts=TWO), contexts=[*TWO])
+    with pytest.raises(LocalProtocolError, match="choosing a context"):
+        client.block_status(0, 512, only="base:allocation")
+    manner = Manner(extended=True, flags=FLAGS | CHOOSES, contexts=TWO)
+    client, _ = ready(manner, contexts=["base:allocation"])
+    with pytest.raises(LocalProtocolError, match="granted no context qemu"):
+        client.block_status(0, 512, only="qemu:dirty-bitmap:b")
+
+
+def test_a_context_nobody_chose_is_refused():
+    manner = Manner(extended=True, flags=FLAGS | CHOOSES, contexts=TWO)
+    client, _ = ready(manner, contexts=[*TWO])
+    client.block_status(0, 65536, only="qemu:dirty-bitmap:b")
+    payload = status_reply([(65536, 0)], number=101, wide=True)
+    head = (wire.EXTENDED_REPLY_MAGIC, 1, Chunk.BLOCK_STATUS_EXT, 1, 0)
+    with pytest.raises(RemoteProtocolError, match="malformed"):
+        client.receive_data(wire.EXTENDED_REPLY.pack(*head, len(payload)) + payload)
+
+
 def test_extended_headers_carry_lengths_above_4_gib():
     huge = 1 << 40
     client = NbdClientMachine(contexts=["base:allocation"])
