@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from pveplug.bacula_pipe import QUEUE_BYTES, PtcommPipe
+from pveplug.bacula_pipe import PtcommPipe
 from pveplug.errors import LocalProtocolError, RemoteProtocolError
 from pveplug.proto import ptcomm
 from pveplug.proto.ptcomm import Buffer, Packet, Status
@@ -107,8 +107,8 @@ class OutgoingFile:
         frames += ptcomm.data_frames(buffers)
         if size > COPY_BYTES:
             await self._pipe.written(self._pipe.send(frames))
-        elif mark := self._pipe.gather(frames):
-            await self._pipe.written(mark - QUEUE_BYTES)
+        elif (mark := self._pipe.gather(frames)) > self._pipe.writer.done:
+            await self._pipe.written(mark)
 
     async def fill(self, end: int) -> None:
         """Send zeroes up to ``end``.

@@ -81,6 +81,11 @@ class PipeWriter:
         """The highest mark that is written."""
         return self._written
 
+    @property
+    def queued(self) -> int:
+        """The highest mark there is."""
+        return self._queued
+
     def put(self, buffers: Sequence[Buffer], size: int) -> int:
         """Queue ``size`` bytes; return the mark to give to :meth:`written`.
 
@@ -346,18 +351,19 @@ class PtcommPipe:
 
         That is at the latest when the event loop turns, so nothing waits while we do.
 
-        Returns: the mark of what this sent, 0 where that is nothing yet.
+        Returns: the mark that must be written before more is gathered, which keeps
+        what waits to ``QUEUE_BYTES``.
 
         Raises: as :meth:`send`.
         """
         self._must_be_open()
-        size = sum(len(buffer) for buffer in buffers)
-        mark = 0 if self._copies.fits(size) else self._send_copies()
+        if not self._copies.fits(sum(len(buffer) for buffer in buffers)):
+            self._send_copies()
         self._copies.add(buffers)
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
-        return mark
+        return self.writer.queued - QUEUE_BYTES
 
     def _flush(self) -> None:
         self._flush_due = False
@@ -365,14 +371,17 @@ class PtcommPipe:
             with contextlib.suppress(TransportError):  # told to whoever sends next
                 self._send_copies()
 
-    def _send_copies(self) -> int:
+    def _send_copies(self) -> None:
         copies, sent = self._copies, self._sent
         view = copies.take()
+        if len(view) < GATHER_BYTES // 2:
+            # A whole buffer for so little would be more memory than QUEUE_BYTES tell.
+            self.writer.put([bytes(view)], len(view))
+            return
         copies.mark = self.writer.put([view], len(view))
         sent.append(copies)
         free = sent[0].mark <= self.writer.done
         self._copies = sent.popleft() if free else _Copies()
-        return copies.mark
 
     def _must_be_open(self) -> None:
         if self._refused is not None:

@@ -244,6 +244,8 @@ class NbdClientMachine:
                 contexts=contexts.values(),
             )
         self._need(TransmissionFlag.BLOCK_STATUS_PAYLOAD, "choosing a context")
+        if not self._ready().extended:
+            raise LocalProtocolError("a context is chosen with extended headers only")
         ids = [number for number, name in contexts.items() if name == only]
         if not ids:
             raise LocalProtocolError(f"the NBD server granted no context {only}")

@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import threading
+import tracemalloc
 
 import pytest
 
@@ -59,8 +60,7 @@ async def test_a_copied_buffer_may_be_used_again_and_order_is_kept():
         view[:] = piece
         if size <= 64 * KiB:
             frames = [ptcomm.header(ptcomm.Status.DATA, size), view]
-            if mark := pipe.gather(frames):
-                await pipe.written(mark - 2 * MiB)
+            await pipe.written(pipe.gather(frames))
         else:
             mark = pipe.send([ptcomm.header(ptcomm.Status.DATA, size), view])
             await pipe.written(mark)
@@ -101,6 +101,29 @@ async def test_nothing_is_held_back_while_we_wait_for_something_else():
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert os.read(ends.reading, 100) == b"D000001\nx"
+    ends.finish(pipe)
+
+
+@pytest.mark.parametrize("size", [600, 64 * KiB])
+async def test_what_waits_is_bounded_however_slowly_it_comes(size):
+    """Each write in a turn of the loop of its own, and nobody reads."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    out = OutgoingFile(pipe, FileInfo("d.qcow2", 1 << 50), True)
+
+    async def write_on() -> None:
+        for number in range(20_000):
+            await out.write(number * MiB, bytes(size))
+            await asyncio.sleep(0)
+
+    tracemalloc.start()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(write_on(), 2)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    writer = pipe.writer
+    assert writer._queued - writer._written <= 2 * MiB + GATHER_BYTES
+    assert held < 8 * MiB
     ends.finish(pipe)
 
 
