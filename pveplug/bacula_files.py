@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -122,9 +123,10 @@ class OutgoingFile:
                 f"{self.info.name}: cannot go back from {self.position} to {end} "
                 "without offsets"
             )
-        while self.position < end:
-            count = min(end - self.position, len(_ZEROS))
-            await self.write(self.position, memoryview(_ZEROS)[:count])
+        for at in range(self.position, end, len(_ZEROS)):
+            count = min(end - at, len(_ZEROS))
+            await self.write(at, memoryview(_ZEROS)[:count])
+            await asyncio.sleep(0)  # else the loop stands still if the pipe takes all
 
     async def finish(self) -> None:
         """End the data; without offsets the file gets its full size."""

@@ -40,8 +40,8 @@ QUEUE_BYTES: Final = 2 * MiB
 """Copied bytes that may wait for the writer thread."""
 AT_ONCE: Final = 384 * KiB
 """Up to so much isn't worth the thread, which has to get Python's lock twice for it."""
-GATHER_BYTES: Final = 256 * KiB
-"""So much of what was copied goes out at a time."""
+GATHER_BYTES: Final = 260 * KiB
+"""So much of what was copied goes out at a time: four clusters and their packets."""
 _MERGED: Final = 256 * KiB
 _IOV: Final = 512  # half of Linux' IOV_MAX
 
@@ -96,6 +96,8 @@ class PipeWriter:
         """
         if self._failure is not None:
             raise TransportError(self._failure)
+        if not size:
+            return self._queued
         self._queued += size
         if size <= AT_ONCE and self._written == self._queued - size:
             buffers, left = self._at_once(buffers, size)
@@ -113,7 +115,7 @@ class PipeWriter:
         if len(buffers) > _IOV:
             return buffers, left
         try:
-            count = os.writev(self._fd, buffers) if left else 0
+            count = os.writev(self._fd, buffers)
         except OSError:
             return buffers, left  # no room, or broken, which the thread will tell
         if count == left:

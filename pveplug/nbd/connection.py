@@ -30,7 +30,7 @@ WRITE_PIECE: Final = 256 * KiB
 LONG_PIECE: Final = 1 * MiB
 SHORT_ONES: Final = 64
 SHORT_BYTES: Final = 4 * KiB
-"""So many requests without data, or as many bytes, are written at a time."""
+"""So many requests are written at a time, with so much beside a piece of data."""
 SOCKET_BYTES: Final = 4 * MiB
 """What may wait in a socket for qemu-nbd, so that it needn't wait for our next turn."""
 
@@ -243,7 +243,8 @@ class Adapter(asyncio.BufferedProtocol):
         """
         queue = self._queue
         queue.extend(map(memoryview, self.machine.data_to_send()))
-        if not queue or self._transport is None:
+        # Python 3.12 and 3.13 had a writelines() that went on with a dead socket.
+        if not queue or self._transport is None or self._transport.is_closing():
             return
         while queue and (last or not self._paused):
             pieces, room = [queue.popleft()], self._piece + SHORT_BYTES

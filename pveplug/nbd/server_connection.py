@@ -57,7 +57,7 @@ from pveplug.units import KiB, MiB
 
 HIGH_WATER: Final = 0
 """The transport's, in plain text: it holds but what the socket didn't take of the last
-reply, and uvloop then writes at once, not when the loop turns."""
+reply."""
 TLS_HIGH_WATER: Final = 2 * MiB
 """With TLS so much may be on its way to a slow client, and one reply more."""
 SOCKET_BYTES: Final = 1 * MiB

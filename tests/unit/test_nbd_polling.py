@@ -11,7 +11,6 @@ import time
 import pytest
 import uvloop
 
-from pveplug.nbd import polling
 from pveplug.nbd.polling import MOST_SKIPPED, Lookout, worth_polling
 
 
@@ -89,7 +88,3 @@ def test_another_clients_event_ends_it(pair):
 def test_one_processor_is_left_to_the_client(monkeypatch, processors, worth):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: processors)
     assert worth_polling() is worth
-
-
-def test_it_is_short():
-    assert polling.POLL_S <= 100e-6
