@@ -86,7 +86,7 @@ async def test_scattered_clusters_go_out_together(monkeypatch):
         await out.write(number << 20, bytes(64 * KiB))
     await out.finish()
     await pipe.written()
-    # Three of them fit into 256 KiB; a reader that is slower makes a few calls more.
+    # Four of them go together; a reader that is slower makes a few calls more.
     assert len(calls) <= 2 * (64 // 3 + 2)
     assert len(ends.finish(pipe)) > 64 * 64 * KiB
 
