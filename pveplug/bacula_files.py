@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -72,14 +72,16 @@ class OutgoingFile:
         """Bytes of data given to bacula-fd."""
         self._pipe = pipe
         self._offsets = offsets
+        self._in_order = asyncio.Lock()
         self._open = False
 
     async def write(self, offset: int, *buffers: Buffer) -> None:
         """Send the bytes of ``buffers``, in a row, as those from ``offset`` on.
 
         When this returns the buffers may be reused: small ones (64 KiB in total) were
-        copied, and go out with those that follow; larger ones are in the pipe. Without
-        offsets a gap is sent as zeroes.
+        copied, and go out with those that follow; larger ones have been read by
+        bacula-fd. Several may be under way, and go out in the order they were begun.
+        Without offsets a gap is sent as zeroes.
         Cancelled, the buffers are still being written: the file is then beyond
         repair anyway, but don't put another disk's bytes into them before ``abort()``.
 
@@ -95,8 +97,19 @@ class OutgoingFile:
             )
         if not size:
             return
-        if offset != self.position and not self._offsets:
-            await self.fill(offset)
+        if self._offsets:
+            mark = self._send(offset, size, buffers)
+        else:
+            async with self._in_order:
+                await self._fill(offset)
+                mark = self._send(offset, size, buffers)
+        if size > COPY_BYTES:
+            await self._pipe.free(mark)
+        elif mark > self._pipe.writer.done:
+            await self._pipe.written(mark)
+
+    def _send(self, offset: int, size: int, buffers: Sequence[Buffer]) -> int:
+        """Send data; return the mark to wait for."""
         frames: list[Buffer] = []
         if not self._open:
             frames.append(ptcomm.command("DATA"))
@@ -106,10 +119,7 @@ class OutgoingFile:
         self.position = offset + size
         self.sent += size
         frames += ptcomm.data_frames(buffers)
-        if size > COPY_BYTES:
-            await self._pipe.written(self._pipe.send(frames))
-        elif (mark := self._pipe.gather(frames)) > self._pipe.writer.done:
-            await self._pipe.written(mark)
+        return (self._pipe.send if size > COPY_BYTES else self._pipe.gather)(frames)
 
     async def fill(self, end: int) -> None:
         """Send zeroes up to ``end``.
@@ -118,14 +128,19 @@ class OutgoingFile:
             LocalProtocolError: more than that was written already.
             TransportError: bacula-fd is gone.
         """
+        async with self._in_order:
+            await self._fill(end)
+
+    async def _fill(self, end: int) -> None:
         if end < self.position:
             raise LocalProtocolError(
                 f"{self.info.name}: cannot go back from {self.position} to {end} "
                 "without offsets"
             )
-        for at in range(self.position, end, len(_ZEROS)):
-            count = min(end - at, len(_ZEROS))
-            await self.write(at, memoryview(_ZEROS)[:count])
+        while self.position < end:
+            count = min(end - self.position, len(_ZEROS))
+            zeros = memoryview(_ZEROS)[:count]
+            await self._pipe.written(self._send(self.position, count, [zeros]))
             await asyncio.sleep(0)  # else the loop stands still if the pipe takes all
 
     async def finish(self) -> None:

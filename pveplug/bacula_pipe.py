@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two pipes to bacula-fd: packets in by the event loop, bytes out by one thread.
+"""The two pipes to bacula-fd: packets in, bytes out, both by the event loop.
 
-Reading is done in the loop, by ``readv`` straight into the connection's one buffer, and
-goes on while we are busy elsewhere: that is how a vanished bacula-fd is noticed in the
-middle of a read from a disk. Writing is done by one thread, because a pipe that is full
-would block the loop; what waits for it is bounded in bytes. What is short is written
-at once where nothing waits, as far as the pipe has room: to wake a thread for it takes
-longer. Nobody else reads or writes these file descriptors.
+Reading is done by ``readv`` straight into the connection's one buffer, and goes on
+while we are busy elsewhere: that is how a vanished bacula-fd is noticed in the middle
+of a read from a disk. Writing is done at once as far as the pipe has room, the rest
+when it has some again; what waits for that is bounded in bytes. What is long and may
+change isn't copied into the pipe but lent to it, see :mod:`pveplug.splicing`::
+
+    put()   |---- in the pipe, and read ----|-- in the pipe --|-- queued --|
+                                            :                 :            :
+                                          free             written       queued
+
+A buffer may be used again below ``free``. Nobody else reads or writes these file
+descriptors.
 """
 
 from __future__ import annotations
@@ -17,9 +23,6 @@ import errno
 import fcntl
 import logging
 import os
-import queue
-import select
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -30,6 +33,7 @@ from pveplug.errors import (
     TransportError,
 )
 from pveplug.proto.ptcomm import Buffer, Packet, PtcommConnection
+from pveplug.splicing import REFUSED, lend, unread
 from pveplug.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -37,57 +41,57 @@ log = logging.getLogger(__name__)
 PIPE_BYTES: Final = MiB
 """Default of /proc/sys/fs/pipe-max-size: what an unprivileged process may have."""
 QUEUE_BYTES: Final = 2 * MiB
-"""Copied bytes that may wait for the writer thread."""
-AT_ONCE: Final = 384 * KiB
-"""Up to so much isn't worth the thread, which has to get Python's lock twice for it."""
+"""Copied bytes that may wait for room in the pipe."""
+LENT_BYTES: Final = 32 * KiB
+"""What is shorter is copied: eight pages."""
 GATHER_BYTES: Final = 260 * KiB
 """So much of what was copied goes out at a time: four clusters and their packets."""
-_MERGED: Final = 256 * KiB
 _IOV: Final = 512  # half of Linux' IOV_MAX
+_FIRST_LOOK_S: Final = 0.001
+_LAST_LOOK_S: Final = 0.05
 
 CLOSED: Final = "bacula-fd closed the pipe"
 
 
 class PipeWriter:
-    """A thread that writes what it is given, in order, to a file descriptor.
-
-    Only the event loop's thread calls its methods.
-    """
+    """Writes what it is given, in order, to a file descriptor; marks count bytes."""
 
     def __init__(self, fd: int, broken: Callable[[str], None]) -> None:
-        """Start the thread; ``broken`` is called in the loop when writing fails."""
+        """Begin; ``broken`` is called, from the loop, when writing fails."""
         self._fd = fd
         self._loop = asyncio.get_running_loop()
         self._on_broken = broken
-        self._queue: queue.SimpleQueue[tuple[Sequence[Buffer], int] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: deque[Buffer] = deque()
         self._queued = 0
-        self._written = 0  # while something is queued only the thread changes it
-        self._lowest: float = float("inf")  # wake the loop when this much is written
-        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._written = 0
+        self._lent: deque[tuple[int, int, Buffer]] = deque()
+        """From which mark to which, in the pipe and unread. Never let go of before:
+        whatever came to be in that memory would be read instead."""
+        self._lending = True
+        self._waiting_for_room = False
+        self._waiters: list[tuple[bool, int, asyncio.Future[None]]] = []
+        self._look: asyncio.TimerHandle | None = None
+        self._look_s = _FIRST_LOOK_S
         self._failure: str | None = None
-        self._broken: OSError | None = None
-        self._stop = False
-        self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(fd, False)
-        self._thread = threading.Thread(
-            target=self._run, name="ptcomm-writer", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def done(self) -> int:
-        """The highest mark that is written."""
-        return self._written
 
     @property
     def queued(self) -> int:
         """The highest mark there is."""
         return self._queued
 
+    @property
+    def done(self) -> int:
+        """The highest mark that is written into the pipe."""
+        return self._written
+
+    @property
+    def reusable(self) -> int:
+        """The mark up to which buffers may be used again."""
+        return self._lent[0][0] if self._lent else self._written
+
     def put(self, buffers: Sequence[Buffer], size: int) -> int:
-        """Queue ``size`` bytes; return the mark to give to :meth:`written`.
+        """Queue ``size`` bytes; return the mark to give to :meth:`free`.
 
         The buffers belong to the writer until then.
 
@@ -96,36 +100,12 @@ class PipeWriter:
         """
         if self._failure is not None:
             raise TransportError(self._failure)
-        if not size:
-            return self._queued
-        self._queued += size
-        if size <= AT_ONCE and self._written == self._queued - size:
-            buffers, left = self._at_once(buffers, size)
-            self._written += size - left
-            if not left:
-                return self._queued
-            size = left
-        self._queue.put((buffers, size))
+        if size:
+            self._queued += size
+            self._queue.extend(buffers)
+            if not self._waiting_for_room:
+                self._push()
         return self._queued
-
-    def _at_once(
-        self, buffers: Sequence[Buffer], left: int
-    ) -> tuple[Sequence[Buffer], int]:
-        """Write what there is room for; return what is left, and its size."""
-        if len(buffers) > _IOV:
-            return buffers, left
-        try:
-            count = os.writev(self._fd, buffers)
-        except OSError:
-            return buffers, left  # no room, or broken, which the thread will tell
-        if count == left:
-            return (), 0
-        rest = list(buffers)
-        left -= count
-        while count >= len(rest[0]):
-            count -= len(rest.pop(0))
-        rest[0] = memoryview(rest[0])[count:]
-        return rest, left
 
     async def written(self, mark: int) -> None:
         """Wait until everything up to ``mark`` is in the pipe.
@@ -136,112 +116,145 @@ class PipeWriter:
         Raises:
             TransportError: the pipe broke.
         """
-        while self._written < mark:
+        await self._until(mark, read=False)
+
+    async def free(self, mark: int) -> None:
+        """Wait until the buffers up to ``mark`` may be used again.
+
+        As :meth:`written`, but what was lent must have been read as well.
+        """
+        await self._until(mark, read=True)
+
+    async def _until(self, mark: int, *, read: bool) -> None:
+        if read and self.reusable < mark:
+            self._take_back()
+        while (self.reusable if read else self._written) < mark:
             if self._failure is not None:
                 raise TransportError(self._failure)
             waiter: asyncio.Future[None] = self._loop.create_future()
-            self._waiters.append((mark, waiter))
-            self._lowest = min(self._lowest, mark)
-            # The thread reads _lowest after it changed _written, we the other way
-            # round: one of us sees the other.
-            if self._written >= mark:
-                self._progress()
+            self._waiters.append((read, mark, waiter))
+            self._look_soon()
             await waiter
 
     def fail(self, reason: str) -> None:
         """Write nothing more; every waiter and every later call gets ``reason``."""
         if self._failure is None:
             self._failure = reason
-        if not self._stop:
-            self._stop = True
-            self._queue.put(None)
-            os.write(self._wake_write, b"x")
-        # The thread never blocks, so this is short. Without it bytes that the peer
-        # has answered already might not be counted as written yet.
-        self._thread.join()
-        self._progress()
+        self._queue.clear()
+        self._wait_for_room(False)
+        self._wake()
 
-    def close(self) -> None:
-        """End the thread; what isn't written is dropped."""
-        self.fail("the session is closed")
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+    # -- inside -----------------------------------------------------------------------
 
-    def _progress(self) -> None:
-        """In the loop: wake whoever has what it waits for."""
-        if self._broken is not None and self._failure is None:
-            gone = self._broken.errno in (errno.EPIPE, errno.ECONNRESET)
-            self._failure = (
-                CLOSED if gone else f"cannot write to bacula-fd: {self._broken}"
-            )
-            self._on_broken(self._failure)
+    def _push(self) -> None:
+        """Write as much as there is room for."""
+        try:
+            while self._queue:
+                self._write_some()
+        except BlockingIOError:
+            self._wait_for_room(True)
+        except OSError as error:
+            gone = error.errno in (errno.EPIPE, errno.ECONNRESET)
+            reason = CLOSED if gone else f"cannot write to bacula-fd: {error}"
+            self._failure = reason
+            self._on_broken(reason)
+            self.fail(reason)
+            return
+        else:
+            self._wait_for_room(False)
+        self._wake()
+
+    def _write_some(self) -> None:
+        """Lend the next buffer, or copy the next ones.
+
+        Raises:
+            BlockingIOError: no room now.
+            OSError: the pipe broke.
+        """
+        queue, began = self._queue, self._written
+        if self._lending and (view := _lendable(queue[0])) is not None:
+            try:
+                count = lend(self._fd, view)
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                log.warning("copies what could be lent reason=%r", error.strerror)
+                self._lending = False
+                return
+            self._written += count
+            self._lent.append((began, self._written, view))
+            if count < len(view):
+                queue[0] = view[count:]
+            else:
+                queue.popleft()
+            return
+        short: list[Buffer] = []
+        for buffer in queue:
+            if len(short) == _IOV or (self._lending and _lendable(buffer) is not None):
+                break
+            short.append(buffer)
+        count = os.writev(self._fd, short)
+        self._written += count
+        while queue and count >= len(queue[0]):
+            count -= len(queue.popleft())
+        if count:
+            queue[0] = memoryview(queue[0])[count:]
+
+    def _wait_for_room(self, on: bool) -> None:
+        if on is not self._waiting_for_room:
+            self._waiting_for_room = on
+            if on:
+                self._loop.add_writer(self._fd, self._push)
+            else:
+                self._loop.remove_writer(self._fd)
+
+    def _take_back(self) -> None:
+        """See what has been read."""
+        lent = self._lent
+        if lent and self._failure is None:
+            consumed = self._written - unread(self._fd)
+            while lent and lent[0][1] <= consumed:
+                lent.popleft()
+
+    def _wake(self) -> None:
+        """Wake whoever has what it waits for."""
+        self._take_back()
+        if not self._waiters:
+            return
+        failed, reusable = self._failure is not None, self.reusable
         still = []
-        for mark, waiter in self._waiters:
+        for entry in self._waiters:
+            read, mark, waiter = entry
             if waiter.done():
                 continue
-            if self._written >= mark or self._failure is not None:
+            if failed or mark <= (reusable if read else self._written):
                 waiter.set_result(None)
             else:
-                still.append((mark, waiter))
+                still.append(entry)
         self._waiters = still
-        self._lowest = min((mark for mark, _ in still), default=float("inf"))
-        if self._written >= self._lowest:  # written between the two lines above
-            self._loop.call_soon(self._progress)
+        if still:
+            self._look_soon()
 
-    def _notify(self) -> None:
-        # The loop is closed when a job is over that nobody waited for.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._progress)
+    def _look_soon(self) -> None:
+        """Nobody tells when the last of a pipe is read; while it is full, room does."""
+        if self._look is None and not self._waiting_for_room and self._lent:
+            self._look = self._loop.call_later(self._look_s, self._look_again)
 
-    def _run(self) -> None:
-        poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
-        poller.register(self._wake_read, select.POLLIN)
-        try:
-            while (size := self._write_next(poller)) is not None:
-                self._written += size
-                if self._written >= self._lowest:
-                    self._notify()
-        except OSError as error:
-            self._broken = error
-            self._notify()
+    def _look_again(self) -> None:
+        self._look = None
+        before = self.reusable
+        self._take_back()
+        rests = self.reusable == before
+        self._look_s = min(2 * self._look_s, _LAST_LOOK_S) if rests else _FIRST_LOOK_S
+        self._wake()
 
-    def _write_next(self, poller: select.poll) -> int | None:
-        """Write what is queued next; how much it was, None at the end.
 
-        No reference to a buffer is left when this returns.
-        """
-        if (item := self._queue.get()) is None:
-            return None
-        buffers, size = list(item[0]), item[1]
-        # Small things go out together: one system call instead of ten.
-        while size < _MERGED and len(buffers) < _IOV:
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if item is None:
-                return None
-            buffers += item[0]
-            size += item[1]
-        return size if self._write(buffers, poller) else None
-
-    def _write(self, buffers: Sequence[Buffer], poller: select.poll) -> bool:
-        """Write everything; False when interrupted."""
-        rest: list[Buffer] = list(buffers)
-        at = 0
-        while at < len(rest) and not self._stop:
-            try:
-                count = os.writev(self._fd, rest[at : at + _IOV])
-            except BlockingIOError:
-                poller.poll()
-                continue
-            while at < len(rest) and count >= len(rest[at]):
-                count -= len(rest[at])
-                at += 1
-            if count:
-                rest[at] = memoryview(rest[at])[count:]
-        return at == len(rest)
+def _lendable(buffer: Buffer) -> memoryview | None:
+    """Return what need not be copied: it is long, and no constant of Python's."""
+    if len(buffer) < LENT_BYTES or isinstance(buffer, bytes):
+        return None
+    view = memoryview(buffer)
+    return None if view.readonly else view
 
 
 class _Copies:
@@ -302,7 +315,6 @@ class PtcommPipe:
         try:
             self._resume()
         except OSError as error:
-            self.writer.close()
             raise TransportError(
                 f"standard input is not a pipe ({error}). "
                 "This program is started by bacula-fd's plugin, not by hand."
@@ -337,7 +349,7 @@ class PtcommPipe:
                 self._arrived = None
 
     def send(self, buffers: Sequence[Buffer]) -> int:
-        """Queue buffers; they are the writer's until the returned mark is written.
+        """Queue buffers; they are the writer's until the returned mark is free.
 
         Raises:
             LocalProtocolError: after :meth:`refuse`.
@@ -382,7 +394,7 @@ class PtcommPipe:
             return
         copies.mark = self.writer.put([view], len(view))
         sent.append(copies)
-        free = sent[0].mark <= self.writer.done
+        free = sent[0].mark <= self.writer.reusable
         self._copies = sent.popleft() if free else _Copies()
 
     def _must_be_open(self) -> None:
@@ -408,12 +420,19 @@ class PtcommPipe:
             mark = self.writer.put((), 0)
         await self.writer.written(mark)
 
+    async def free(self, mark: int) -> None:
+        """Wait until what was sent, up to ``mark``, may be changed.
+
+        Raises:
+            TransportError: the pipe is closed.
+        """
+        await self.writer.free(mark)
+
     def close(self) -> None:
         """Stop reading and writing, close both file descriptors; never blocks."""
         if self._in < 0:
             return
         self._lose("the session is closed")
-        self.writer.close()
         for fd in {self._in, self._out}:
             os.close(fd)
         self._in = self._out = -1

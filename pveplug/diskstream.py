@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ LONG_REQUEST: Final = 1 * MiB
 """A fifth less processor time, and no more bytes under way."""
 LONG_WRITE: Final = 256 * KiB
 """Shorter ones aren't worth a task."""
+KEPT: Final = 3
+"""Slots that may still be written from while the next is looked at: a sink that doesn't
+copy is done with one when a whole pipe of 1 MiB has gone out behind it."""
 TRIM_STEP: Final = 4 * MiB
 """Give scratch space back in pieces of this size: one request per 4 MiB read."""
 TRIM_AHEAD: Final = 4 * MiB
@@ -52,7 +56,10 @@ class FileSink(Protocol):
     """Where the image goes."""
 
     async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
-        """Take bytes for ``offset``; the buffers may be reused when it returns."""
+        """Take bytes for ``offset``; the buffers may be reused when it returns.
+
+        Several may be under way, begun in the order of their offsets.
+        """
 
 
 class Digest(Protocol):
@@ -241,10 +248,13 @@ class DiskStream:
         self._digests = [one for one in (digest, leaves) if one is not None]
         self._cutter = ClusterCutter(clusters.size)
         self._reader = OrderedReader(
-            client, request_bytes=limit.request_bytes, allowed=limit.in_flight, keep=1
+            client,
+            request_bytes=limit.request_bytes,
+            allowed=limit.in_flight,
+            keep=KEPT,
         )
-        self._writing: asyncio.Task[None] | None = None
-        self._writing_from: Slot | None = None
+        self._writing: deque[tuple[Slot, asyncio.Task[None]]] = deque()
+        self._kept: deque[Slot] = deque()
         self._held: Sequence[EdgeRun] = ()
         self._slots: AsyncGenerator[Slot, None] | None = None
         self._first: asyncio.Task[Slot | None] | None = None
@@ -312,7 +322,6 @@ class DiskStream:
                 used = 0  # bytes of the pending slot that are already written
                 for piece in self._writer.pieces():
                     if isinstance(piece, Metadata):
-                        await self._written()
                         await out.write(piece.file_offset, piece.data)
                         self.progress.sent += piece.length
                         continue
@@ -327,7 +336,7 @@ class DiskStream:
                         used += length
                         if used == pending.length:
                             pending, used = await self._after(slots, pending), 0
-                await self._written()
+                await self._written(None)
             if pending is not None:
                 raise IntegrityError(f"more was read than the image holds: {pending}")
             await self._flush_trim()
@@ -337,9 +346,10 @@ class DiskStream:
     async def _after(
         self, slots: AsyncGenerator[Slot, None], slot: Slot
     ) -> Slot | None:
-        """Return the next slot; what is still written from this one stays valid."""
-        if self._writing is not None and self._writing_from is not slot:
-            await self._written()
+        """Return the next slot; what is still written from stays valid."""
+        self._kept.append(slot)
+        if len(self._kept) > KEPT:
+            await self._written(self._kept.popleft())
         return await anext(slots, None)
 
     async def _send_slot(
@@ -413,31 +423,31 @@ class DiskStream:
         self, out: FileSink, place: int, slot: Slot, start: int, end: int
     ) -> None:
         """Begin to write a part of a slot, while the next is looked at."""
-        if self._writing is not None:
-            await self._written()
         writing = out.write(place, slot.view[start:end])
         if end - start < LONG_WRITE:
             await writing
         else:
-            self._writing = asyncio.create_task(writing, name="write")
-            self._writing_from = slot
+            task = asyncio.create_task(writing, name="write")
+            self._writing.append((slot, task))
             await asyncio.sleep(0)  # so that it has begun
         self.progress.sent += end - start
 
-    async def _written(self) -> None:
-        """Wait until what was begun is written.
+    async def _written(self, slot: Slot | None) -> None:
+        """Wait until what was begun from a slot, or from all, is written.
 
         Raises: as the sink's ``write``.
         """
-        if (task := self._writing) is not None:
-            await task
-            self._writing = self._writing_from = None
+        writing = self._writing
+        while writing and (slot is None or writing[0][0] is slot):
+            await writing[0][1]
+            writing.popleft()
 
     async def _give_up_writing(self) -> None:
-        task, self._writing = self._writing, None
-        if task is not None:
+        tasks = [task for _, task in self._writing]
+        self._writing.clear()
+        for task in tasks:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _give_back(self, offset: int, length: int) -> None:
         """TRIM what has been sent; it can't be read again, so a broken stream fails."""

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
-import threading
+import socket
 import tracemalloc
 
 import pytest
@@ -16,35 +17,7 @@ from pveplug.bacula_pipe import GATHER_BYTES, PtcommPipe
 from pveplug.errors import LocalProtocolError, TransportError
 from pveplug.proto import ptcomm
 from pveplug.units import KiB, MiB
-
-
-class Ends:
-    """A pipe to us that stays silent, and one from us whose other end is read here."""
-
-    def __init__(self) -> None:
-        self.silent_in, self.silent_out = os.pipe()
-        self.reading, self.writing = os.pipe()
-        self.got = bytearray()
-        self._reader: threading.Thread | None = None
-
-    def read_all(self, step: int = 64 * KiB) -> None:
-        """Begin to read, in a thread."""
-
-        def run() -> None:
-            while data := os.read(self.reading, step):
-                self.got.extend(data)
-
-        self._reader = threading.Thread(target=run)
-        self._reader.start()
-
-    def finish(self, pipe: PtcommPipe) -> bytes:
-        pipe.close()
-        if self._reader is not None:
-            self._reader.join(20)
-            assert not self._reader.is_alive()
-        for fd in (self.silent_out, self.reading):
-            os.close(fd)
-        return bytes(self.got)
+from tests.support.pipe_ends import Ends, received
 
 
 async def test_a_copied_buffer_may_be_used_again_and_order_is_kept():
@@ -63,7 +36,7 @@ async def test_a_copied_buffer_may_be_used_again_and_order_is_kept():
             await pipe.written(pipe.gather(frames))
         else:
             mark = pipe.send([ptcomm.header(ptcomm.Status.DATA, size), view])
-            await pipe.written(mark)
+            await pipe.free(mark)
         expected.append(ptcomm.header(ptcomm.Status.DATA, size) + piece)
         view[:] = b"x" * size
         if number % 50 == 0:
@@ -160,3 +133,100 @@ async def test_a_reader_that_has_gone_is_told_to_the_next_who_sends():
         pipe.gather([b"nobody"])
     pipe.close()
     os.close(ends.silent_out)
+
+
+async def test_what_is_lent_is_free_when_it_has_been_read():
+    """In the pipe isn't enough: whoever reads it reads from the buffer itself."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    slot = bytearray(b"a" * 512 * KiB)
+    mark = pipe.send([memoryview(slot)])
+    await pipe.written(mark)
+    free = asyncio.create_task(pipe.free(mark))
+    await asyncio.sleep(0.1)
+    assert not free.done()
+    got = os.read(ends.reading, 512 * KiB - 1)
+    await asyncio.sleep(0.1)
+    assert not free.done()
+    got += os.read(ends.reading, 1)
+    await asyncio.wait_for(free, 10)
+    assert got == slot
+    ends.finish(pipe)
+
+
+async def test_a_message_behind_what_is_lent_needn_t_wait_for_a_reader():
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    pipe.send([memoryview(bytearray(512 * KiB))])
+    pipe.send([b"A000005\nenough"])
+    await asyncio.wait_for(pipe.written(), 10)
+    ends.finish(pipe)
+
+
+async def test_what_is_lent_lives_until_it_is_read_whoever_lets_go_of_it():
+    ends, rng = Ends(), random.Random(6)
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    expected = [rng.randbytes(300 * KiB) for _ in range(3)]
+    for piece in expected:
+        pipe.send([memoryview(bytearray(piece))])
+    others = [bytearray(b"!" * 300 * KiB) for _ in range(40)]
+    got = b""
+    while len(got) < sum(map(len, expected)):
+        got += os.read(ends.reading, 5000)
+        others[len(got) % 40] = bytearray(b"?" * 300 * KiB)
+    assert got == b"".join(expected)
+    ends.finish(pipe)
+
+
+async def test_a_kernel_that_borrows_nothing_gets_copies(monkeypatch, caplog):
+    def refuse(pipe: int, view: memoryview) -> int:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pveplug.bacula_pipe.lend", refuse)
+    await passes_through(Ends())
+    told = "copies what could be lent reason='Operation not permitted'"
+    assert caplog.messages.count(told) == 1
+
+
+async def test_a_socket_in_the_place_of_a_pipe_gets_copies(caplog):
+    ends = Ends()
+    for fd in (ends.reading, ends.writing):
+        os.close(fd)
+    ours, theirs = socket.socketpair()
+    ends.writing, ends.reading = ours.detach(), theirs.detach()
+    await passes_through(ends)
+    assert "copies what could be lent" in caplog.text
+
+
+async def passes_through(ends: Ends) -> None:
+    """One buffer, used again and again, comes out as it was at each time."""
+    rng = random.Random(7)
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    slot, expected = bytearray(700 * KiB), []
+    ends.read_all(step=50_000)
+    for _ in range(8):
+        slot[:] = rng.randbytes(len(slot))
+        expected.append(bytes(slot))
+        await pipe.free(pipe.send([memoryview(slot)]))
+    assert ends.finish(pipe) == b"".join(expected)
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+async def test_writes_go_out_in_the_order_they_were_begun(offsets):
+    """Also where a gap before one has to be filled, and the pipe is full."""
+    ends, rng = Ends(), random.Random(8)
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    out = OutgoingFile(pipe, FileInfo("d.qcow2", 40 * MiB), offsets)
+    image, writes, at = bytearray(40 * MiB), [], 0
+    while at < 30 * MiB:
+        size = rng.choice((1, 3000, 64 * KiB, 64 * KiB + 1, 700 * KiB))
+        piece = memoryview(bytearray(rng.randbytes(size)))
+        image[at : at + size] = piece
+        writes.append((at, piece))
+        at += size + rng.choice((0, 0, 5, 300 * KiB, 2 * MiB))
+    tasks = [asyncio.create_task(out.write(at, piece)) for at, piece in writes]
+    ends.read_all(step=100_000)
+    await asyncio.gather(*tasks)
+    await out.finish()
+    await pipe.written()
+    assert received(ends.finish(pipe), len(image)) == image
