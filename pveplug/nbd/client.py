@@ -213,14 +213,24 @@ class NbdClient:
         )
 
     def start_write(
-        self, offset: int, data: memoryview, *, fua: bool = False
+        self,
+        offset: int,
+        data: memoryview,
+        *,
+        fua: bool = False,
+        lend: bool = False,
     ) -> Pending:
         """Send one WRITE of at most ``maximum_block`` aligned bytes.
 
         ``data`` must not change until the request ends; if it can't be waited for,
-        :meth:`abort` the client.
+        :meth:`abort` the client. With ``lend`` it must not change then either, ever: a
+        UNIX socket may be lent its pages instead of taking a copy.
         """
-        return self._adapter.submit(lambda: self._machine.write(offset, data, fua=fua))
+        view = data if lend else data.toreadonly()
+        return self._adapter.submit(
+            lambda: self._machine.write(offset, view, fua=fua),
+            lent=view if lend else None,
+        )
 
     def start_write_zeroes(
         self, offset: int, length: int, *, may_punch: bool = True, fast: bool = False

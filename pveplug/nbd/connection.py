@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, cast
 
 from pveplug.errors import NbdError, ProtocolError, PveplugError, TransportError
+from pveplug.nbd.lending import LendingWriter
 from pveplug.nbd.sockets import widen
 from pveplug.proto.nbd_client import (
     Completed,
@@ -80,6 +81,9 @@ class Adapter(asyncio.BufferedProtocol):
         self._tick_s = stall_s / 4
         self._timer: asyncio.TimerHandle | None = None
         self._queue: deque[memoryview] = deque()
+        self._writer: LendingWriter | None = None  # instead of the transport's
+        self._unix = False
+        self._lent: dict[Cookie, memoryview] = {}
         self._paused = False
         self._pump_due = False
         self._piece = WRITE_PIECE
@@ -90,11 +94,22 @@ class Adapter(asyncio.BufferedProtocol):
 
     # -- called by the client ---------------------------------------------------
 
-    def submit(self, verb: Callable[[], Cookie], *, hold: bool = False) -> Pending:
-        """Send a request; with ``hold`` the next one or the loop's turn may send it."""
+    def submit(
+        self,
+        verb: Callable[[], Cookie],
+        *,
+        hold: bool = False,
+        lent: memoryview | None = None,
+    ) -> Pending:
+        """Send a request; with ``hold`` the next one or the loop's turn may send it.
+
+        ``lent`` is what the request writes, if that may be lent to a socket.
+        """
         if self._error is not None:
             raise self._error
         cookie = verb()
+        if lent is not None and self._writer is not None:
+            self._lent[cookie] = lent
         future: asyncio.Future[Status | None] = self._loop.create_future()
         self._waiting[cookie] = future
         if not hold:
@@ -115,7 +130,7 @@ class Adapter(asyncio.BufferedProtocol):
         )
         if secured is None:
             raise TransportError(f"NBD server {self._address} left during TLS")
-        self._transport = secured
+        self._transport, self._unix = secured, False
         secured.set_write_buffer_limits(high=WRITE_PIECE)
         self._paused = False
         self.machine.tls_established()
@@ -129,6 +144,9 @@ class Adapter(asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
         self._queue.clear()
+        if self._writer is not None:
+            self._writer.close(self._lent.values())
+            self._lent.clear()
         waiting, self._waiting = self._waiting, {}
         futures: list[asyncio.Future[Any]] = [*waiting.values()]
         for future in (*futures, self.ready, self.tls_due):
@@ -166,8 +184,10 @@ class Adapter(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        elif sock is not None and widen(sock, SOCKET_BYTES):
-            self._piece = LONG_PIECE
+        elif sock is not None:
+            self._unix = True
+            if widen(sock, SOCKET_BYTES):
+                self._piece = LONG_PIECE
         self._pump()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -218,6 +238,7 @@ class Adapter(asyncio.BufferedProtocol):
         for event in events:
             match event:
                 case Completed(cookie, error, status):
+                    self._lent.pop(cookie, None)
                     future = self._waiting.pop(cookie, None)
                     if future is None or future.done():
                         continue
@@ -226,6 +247,7 @@ class Adapter(asyncio.BufferedProtocol):
                     else:
                         future.set_exception(error)
                 case Ready(export):
+                    self._lend()
                     if not self.ready.done():
                         self.ready.set_result(export)
                 case StartTls():
@@ -244,7 +266,10 @@ class Adapter(asyncio.BufferedProtocol):
         queue = self._queue
         queue.extend(map(memoryview, self.machine.data_to_send()))
         # Python 3.12 and 3.13 had a writelines() that went on with a dead socket.
-        if not queue or self._transport is None or self._transport.is_closing():
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._writer is not None:
+            self._write()
             return
         while queue and (last or not self._paused):
             pieces, room = [queue.popleft()], self._piece + SHORT_BYTES
@@ -257,6 +282,27 @@ class Adapter(asyncio.BufferedProtocol):
                 queue.appendleft(pieces[0][self._piece :])
                 pieces[0] = pieces[0][: self._piece]
             self._transport.writelines(pieces)
+
+    def _lend(self) -> None:
+        """From now on write to a UNIX socket ourselves, unless it has TLS."""
+        transport = self._transport
+        if (
+            transport is None
+            or not self._unix
+            or transport.get_extra_info("sslcontext")
+        ):
+            return
+        if not transport.get_write_buffer_size():
+            sock = transport.get_extra_info("socket")
+            self._writer = LendingWriter(sock, self._pump)
+
+    def _write(self) -> None:
+        assert self._writer is not None  # noqa: S101  # asked by who called
+        try:
+            self._writer.write(self._queue)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.fail(TransportError(f"lost NBD server {self._address}: {reason}"))
 
     def _pump_held(self) -> None:
         self._pump_due = False

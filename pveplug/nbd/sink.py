@@ -248,7 +248,7 @@ class NbdSink:
                 view = memoryview(slot.buffer)[at:stop]
                 slot.users += 1
                 self._launch(
-                    self._client.start_write(base + at, view),
+                    self._client.start_write(base + at, view, lend=True),
                     _Flight(base + at, base + stop, slot, zeroing=False),
                 )
                 self.written += stop - at

@@ -245,24 +245,25 @@ async def test_scattered_pieces_are_asked_for_together(tmp_path):
 
 
 class Counted:
-    """A transport whose writes are counted."""
+    """A socket whose writes are counted."""
 
-    def __init__(self, transport) -> None:
-        self._transport = transport
+    def __init__(self, sock) -> None:
+        self._socket = sock
         self.writes = 0
 
-    def writelines(self, pieces) -> None:
+    def sendmsg(self, pieces) -> int:
         self.writes += 1
-        self._transport.writelines(pieces)
+        return self._socket.sendmsg(pieces)
 
     def __getattr__(self, name):
-        return getattr(self._transport, name)
+        return getattr(self._socket, name)
 
 
 async def test_short_requests_are_sent_together_but_none_waits_for_another(tmp_path):
     disk = bytearray(random.Random(8).randbytes(SIZE))
     async with served(tmp_path, disk=disk, stall_s=0.4) as (client, _):
-        client._adapter._transport = counted = Counted(client._adapter._transport)
+        writer = client._adapter._writer
+        writer._socket = counted = Counted(writer._socket)
         runs = [(n * 128 * KiB, 64 * KiB) for n in range(SIZE // (128 * KiB))]
         async for slot in OrderedReader(client).read(runs):
             assert slot.view == disk[slot.offset : slot.offset + slot.length]
