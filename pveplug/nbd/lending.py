@@ -132,16 +132,18 @@ class _Lingering:
         lent: Collection[memoryview],
     ) -> None:
         self._loop = loop
-        self._socket = sock
+        self._fd = sock.detach()
         self._lent = list(lent)
         self._look()
 
     def _look(self) -> None:
-        if _unread(self._socket):
+        if _unread(self._fd):
             self._loop.call_later(_LOOK_S, self._look)
-        else:
-            self._socket.close()
-            self._lent.clear()
+
+    def __del__(self) -> None:
+        # When there is nothing more to look for, or the loop is closed: then our
+        # process ends, and the pages stay as they are until the server has them.
+        os.close(self._fd)
 
 
 def lendable(view: memoryview) -> bool:
@@ -158,7 +160,7 @@ def _pipe() -> tuple[int, int]:
     return ends
 
 
-def _unread(sock: socket.socket) -> int:
+def _unread(sock: int) -> int:
     """Return how much memory the peer of a UNIX socket has still to read."""
     left = array.array("i", [0])
     fcntl.ioctl(sock, termios.TIOCOUTQ, left)

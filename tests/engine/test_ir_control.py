@@ -95,7 +95,8 @@ async def test_a_unit_is_enabled_for_the_next_boot_and_disabled_at_the_end(
         assert len(place.said()) == 1
     finally:
         await retire(place.node, place.recovery)
-    assert place.said()[1:] == [f"disable {UNIT}"]
+    # Once, or twice: the keeper as well, where it sees that its recovery is gone.
+    assert set(place.said()[1:]) == {f"disable {UNIT}"}
     assert not place.recovery.exists()
     assert not place.recovery.kept()
 
