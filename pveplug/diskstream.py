@@ -40,7 +40,7 @@ LONG_REQUEST: Final = 1 * MiB
 """A fifth less processor time, and no more bytes under way."""
 LONG_WRITE: Final = 256 * KiB
 """Shorter ones aren't worth a task."""
-KEPT: Final = 3
+KEPT: Final = 2
 """Slots that may still be written from while the next is looked at: a sink that doesn't
 copy is done with one when a whole pipe of 1 MiB has gone out behind it."""
 TRIM_STEP: Final = 4 * MiB
