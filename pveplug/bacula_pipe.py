@@ -23,6 +23,7 @@ import errno
 import fcntl
 import logging
 import os
+import select
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -47,6 +48,8 @@ LENT_BYTES: Final = 32 * KiB
 GATHER_BYTES: Final = 260 * KiB
 """So much of what was copied goes out at a time: four clusters and their packets."""
 _IOV: Final = 512  # half of Linux' IOV_MAX
+_for_good: Final[list[Buffer]] = []
+"""Lent and unread when a job was given up: what is in the pipe goes to a volume."""
 _FIRST_LOOK_S: Final = 0.001
 _LAST_LOOK_S: Final = 0.05
 
@@ -126,7 +129,7 @@ class PipeWriter:
         await self._until(mark, read=True)
 
     async def _until(self, mark: int, *, read: bool) -> None:
-        if read and self.reusable < mark:
+        if read and self.reusable < mark and self._failure is None:
             self._take_back()
         while (self.reusable if read else self._written) < mark:
             if self._failure is not None:
@@ -144,6 +147,11 @@ class PipeWriter:
         self._wait_for_room(False)
         self._wake()
 
+    def close(self) -> None:
+        """Fail, and let nothing else come to be where unread bytes are."""
+        self.fail("the session is closed")
+        _for_good.extend(buffer for _, _, buffer in self._lent)
+
     # -- inside -----------------------------------------------------------------------
 
     def _push(self) -> None:
@@ -155,10 +163,7 @@ class PipeWriter:
             self._wait_for_room(True)
         except OSError as error:
             gone = error.errno in (errno.EPIPE, errno.ECONNRESET)
-            reason = CLOSED if gone else f"cannot write to bacula-fd: {error}"
-            self._failure = reason
-            self._on_broken(reason)
-            self.fail(reason)
+            self._break(CLOSED if gone else f"cannot write to bacula-fd: {error}")
             return
         else:
             self._wait_for_room(False)
@@ -211,7 +216,7 @@ class PipeWriter:
     def _take_back(self) -> None:
         """See what has been read."""
         lent = self._lent
-        if lent and self._failure is None:
+        if lent:
             consumed = self._written - unread(self._fd)
             while lent and lent[0][1] <= consumed:
                 lent.popleft()
@@ -235,6 +240,17 @@ class PipeWriter:
         if still:
             self._look_soon()
 
+    def _peer_left(self) -> bool:
+        """Whether nobody will read any more, which is told only to who writes."""
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        return bool(poll.poll(0))
+
+    def _break(self, reason: str) -> None:
+        self._failure = reason
+        self._on_broken(reason)
+        self.fail(reason)
+
     def _look_soon(self) -> None:
         """Nobody tells when the last of a pipe is read; while it is full, room does."""
         if self._look is None and not self._waiting_for_room and self._lent:
@@ -242,6 +258,11 @@ class PipeWriter:
 
     def _look_again(self) -> None:
         self._look = None
+        if self._failure is not None:
+            return
+        if self._peer_left():
+            self._break(CLOSED)
+            return
         before = self.reusable
         self._take_back()
         rests = self.reusable == before
@@ -433,6 +454,7 @@ class PtcommPipe:
         if self._in < 0:
             return
         self._lose("the session is closed")
+        self.writer.close()
         for fd in {self._in, self._out}:
             os.close(fd)
         self._in = self._out = -1

@@ -154,6 +154,37 @@ async def test_what_is_lent_is_free_when_it_has_been_read():
     ends.finish(pipe)
 
 
+async def test_who_waits_for_a_reader_that_has_gone_is_told():
+    """Nothing else is written, and the pipe to us stays open."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    free = asyncio.create_task(pipe.free(pipe.send([memoryview(bytearray(MiB // 2))])))
+    await asyncio.sleep(0.05)
+    os.close(ends.reading)
+    with pytest.raises(TransportError, match="bacula-fd closed the pipe"):
+        await asyncio.wait_for(free, 10)
+    assert pipe.closed.is_set()
+    pipe.close()
+    os.close(ends.silent_out)
+
+
+async def test_what_was_lent_when_a_job_was_given_up_is_what_is_read_later():
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    data = random.Random(9).randbytes(300 * KiB)
+    pipe.send([memoryview(bytearray(data))])
+    pipe.close()
+    del pipe
+    others = [bytearray(b"!" * 300 * KiB) for _ in range(40)]
+    got = b""
+    while piece := os.read(ends.reading, 10_000):
+        got += piece
+        others.append(bytearray(b"?" * 300 * KiB))
+    assert got == data
+    for fd in (ends.silent_out, ends.reading):
+        os.close(fd)
+
+
 async def test_a_message_behind_what_is_lent_needn_t_wait_for_a_reader():
     ends = Ends()
     pipe = PtcommPipe(ends.silent_in, ends.writing)
