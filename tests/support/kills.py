@@ -78,15 +78,20 @@ class Stage:
         await until(lambda: self.journal(vmid).get("pid"), "a journal")
         return int(self.journal(vmid)["pid"])
 
-    async def has_moved(self, pid: int, size: int, *, field: str = "wchar") -> None:
-        """Wait until a process has written ``size`` bytes to files and pipes.
+    async def has_moved(self, pid: int, size: int, *, field: str = "sent") -> None:
+        """Wait until a backend has sent ``size`` bytes to its bacula-fd.
 
-        With ``field="rchar"`` it has read them: what it sends to a socket isn't told.
+        The kernel doesn't count what is lent to a pipe, but what the other end reads.
+        With ``field="rchar"`` it has read them itself.
         """
 
         def moved() -> int:
-            text = Path(f"/proc/{pid}/io").read_text()
-            return int(text.split(f"{field}: ")[1].split()[0])
+            process, counter = pid, field
+            if field == "sent":
+                status = Path(f"/proc/{pid}/status").read_text()
+                process, counter = int(status.split("PPid:")[1].split()[0]), "rchar"
+            text = Path(f"/proc/{process}/io").read_text()
+            return int(text.split(f"{counter}: ")[1].split()[0])
 
         start = moved()
         await until(lambda: moved() - start > size, "its progress")
