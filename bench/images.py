@@ -19,21 +19,24 @@ BITMAP = "dirty"
 CONTEXT = f"qemu:dirty-bitmap:{BITMAP}"
 
 
-def tracked_image(path: Path, size: int, *, dirty: int = 0, seed: int = 7) -> None:
-    """Make a qcow2 of ``size`` whose random 64 KiB blocks are its only data, and dirty.
+def tracked_image(
+    path: Path, size: int, *, dirty: int = 0, block: int = CLUSTER, seed: int = 7
+) -> None:
+    """Make a qcow2 of ``size`` whose random blocks are its only data, and dirty.
 
     Args:
         dirty: bytes of them; bitmap granularity is 64 KiB.
+        block: bytes of each, whole clusters.
     """
     _create(path, size)
-    _scatter(path, size, dirty, seed)
+    _scatter(path, size, dirty, block, seed)
     _freeze(path)
 
 
-def _scatter(path: Path, size: int, dirty: int, seed: int) -> None:
+def _scatter(path: Path, size: int, dirty: int, block: int, seed: int) -> None:
     if dirty:
-        blocks = random.Random(seed).sample(range(size // CLUSTER), dirty // CLUSTER)
-        lines = [f"write -q -P {1 + at % 255} {at << 16} 64k\n" for at in blocks]
+        blocks = random.Random(seed).sample(range(size // block), dirty // block)
+        lines = [f"write -q -P {1 + n % 255} {n * block} {block}\n" for n in blocks]
         subprocess.run(
             ["qemu-io", "-f", "qcow2", str(path)],
             input="".join(lines),
@@ -50,7 +53,7 @@ def speckled_image(path: Path, size: int, *, extents: int, dirty: int = 0) -> No
         dirty: bytes of blocks that have, besides.
     """
     _create(path, size)
-    _scatter(path, size, dirty, 7)
+    _scatter(path, size, dirty, CLUSTER, 7)
     socket = path.with_suffix(".make")
     argv = ["qemu-nbd", "-t", "-f", "qcow2", "--discard=unmap", "--cache=unsafe"]
     with serving([*argv, "-k", str(socket), str(path)], socket):

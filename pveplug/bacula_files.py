@@ -15,8 +15,9 @@ from pveplug.proto.ptcomm import Buffer, Packet, Status
 from pveplug.proto.ptcomm_words import Stat, Times, parse_command
 from pveplug.units import KiB
 
-COPY_BYTES: Final = 64 * KiB
-"""Up to this size a write is copied instead of waited for."""
+COPY_BYTES: Final = 192 * KiB
+"""Up to this size a write is copied instead of waited for: what is lent is free only
+when that was read, and a disk's stream waits at once for less than 256 KiB."""
 _ZEROS: Final = bytes(256 * KiB)
 
 
@@ -78,12 +79,12 @@ class OutgoingFile:
     async def write(self, offset: int, *buffers: Buffer) -> None:
         """Send the bytes of ``buffers``, in a row, as those from ``offset`` on.
 
-        When this returns the buffers may be reused: small ones (64 KiB in total) were
+        When this returns the buffers may be reused: small ones (192 KiB in total) were
         copied, and go out with those that follow; larger ones have been read by
         bacula-fd. Several may be under way, and go out in the order they were begun.
         Without offsets a gap is sent as zeroes.
         Cancelled, the buffers are still being written: the file is then beyond
-        repair anyway, but don't put another disk's bytes into them before ``abort()``.
+        repair anyway, but they must not be changed any more.
 
         Raises:
             LocalProtocolError: backwards without offsets, or beyond the file's end.

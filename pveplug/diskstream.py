@@ -42,7 +42,8 @@ LONG_WRITE: Final = 256 * KiB
 """Shorter ones aren't worth a task."""
 KEPT: Final = 2
 """Slots that may still be written from while the next is looked at: a sink that doesn't
-copy is done with one when a whole pipe of 1 MiB has gone out behind it."""
+copy is done with one when a whole pipe of 1 MiB has gone out behind it. More of them
+where they are shorter than that was measured: it changes nothing."""
 TRIM_STEP: Final = 4 * MiB
 """Give scratch space back in pieces of this size: one request per 4 MiB read."""
 TRIM_AHEAD: Final = 4 * MiB
@@ -284,7 +285,7 @@ class DiskStream:
                 yield piece.guest_offset, piece.length
 
     async def _in_order(self) -> AsyncGenerator[Slot, None]:
-        """Yield what is read and what is held, by offset; a slot is valid until then.
+        """Yield what is read and what is held, by offset; ``KEPT`` behind one stay.
 
         The first is read before what is held in front of it is looked at: so others
         can read ahead while this disk waits for its turn.

@@ -20,7 +20,13 @@ import termios
 from typing import Final
 
 _NONBLOCK: Final = 2  # SPLICE_F_NONBLOCK of linux/splice.h
-REFUSED: Final = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EPERM)
+REFUSED: Final = (
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENOMEM,
+    errno.ENOSYS,
+    errno.EPERM,
+)
 """This isn't a pipe, or this kernel or a seccomp filter has no vmsplice for us."""
 
 

@@ -118,7 +118,7 @@ class Adapter(asyncio.BufferedProtocol):
             # Not for longer: the server owes nothing for what it hasn't got.
             self._pump_due = True
             self._loop.call_soon(self._pump_held)
-        if self._timer is None:
+        if self._timer is None and self._error is None:
             self._quiet = 0
             self._timer = self._loop.call_later(self._tick_s, self._tick)
         return Pending(cookie, future, self._abandon)
@@ -294,7 +294,8 @@ class Adapter(asyncio.BufferedProtocol):
             return
         if not transport.get_write_buffer_size():
             sock = transport.get_extra_info("socket")
-            self._writer = LendingWriter(sock, self._pump)
+            with contextlib.suppress(OSError):  # too many open files; then it copies
+                self._writer = LendingWriter(sock, self._pump)
 
     def _write(self) -> None:
         assert self._writer is not None  # noqa: S101  # asked by who called

@@ -36,14 +36,21 @@ LENT_BYTES: Final = 32 * KiB
 PIPE_BYTES: Final = MiB
 """Default of /proc/sys/fs/pipe-max-size."""
 _TOGETHER: Final = 64
-_LOOK_S: Final = 0.05
+_FIRST_LOOK_S: Final = 0.05
+_LAST_LOOK_S: Final = 5.0
+_for_good: Final[list[memoryview]] = []
+"""Lent, and unread when the loop was closed: a server may yet read it."""
 
 
 class LendingWriter:
     """Writes to a connection's socket, beside the transport that reads from it."""
 
     def __init__(self, sock: socket.socket, ready: Callable[[], None]) -> None:
-        """Begin; ``ready`` is called when there is room again after :meth:`write`."""
+        """Begin; ``ready`` is called when there is room again after :meth:`write`.
+
+        Raises:
+            OSError: this process has too many open files.
+        """
         self._loop = asyncio.get_running_loop()
         # The loop lets nobody else watch a transport's own number.
         self._socket = socket.socket(fileno=os.dup(sock.fileno()))
@@ -76,7 +83,7 @@ class LendingWriter:
         self._wait(False)
         for fd in self._pipe or ():
             os.close(fd)
-        if not lent or not self._lending or self._pipe is None:
+        if not lent or self._pipe is None:
             self._socket.close()
             return
         with contextlib.suppress(OSError):
@@ -95,7 +102,7 @@ class LendingWriter:
                 pipe = self._pipe = self._pipe or _pipe()
                 count = lend(pipe[1], queue[0])
             except OSError as error:
-                if error.errno not in REFUSED:
+                if self._pipe is not None and error.errno not in REFUSED:
                     raise
                 log.info("copies what could be lent reason=%r", error.strerror)
                 self._lending = False
@@ -134,15 +141,22 @@ class _Lingering:
         self._loop = loop
         self._fd = sock.detach()
         self._lent = list(lent)
+        self._look_s = _FIRST_LOOK_S
         self._look()
 
     def _look(self) -> None:
-        if _unread(self._fd):
-            self._loop.call_later(_LOOK_S, self._look)
+        if not _unread(self._fd):
+            self._lent.clear()
+            return
+        self._loop.call_later(self._look_s, self._look)
+        if self._look_s < _LAST_LOOK_S <= 2 * self._look_s:
+            size = sum(map(len, self._lent))
+            log.warning("the NBD server hasn't read what was lent to it bytes=%d", size)
+        self._look_s = min(2 * self._look_s, _LAST_LOOK_S)
 
     def __del__(self) -> None:
-        # When there is nothing more to look for, or the loop is closed: then our
-        # process ends, and the pages stay as they are until the server has them.
+        # When there is nothing more to look for, or the loop is closed.
+        _for_good.extend(self._lent)
         os.close(self._fd)
 
 

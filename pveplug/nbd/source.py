@@ -181,6 +181,8 @@ async def _rounds(
             high = min(low + min(lengths), end)
             at, before = max(at, high), low
             low = round_down(at, unit)
+            if at < end:
+                _must_rise(before, low)
             # The server looks for the next answer while this one is gone through.
             pending = ask(low) if at < end else None
             if bitmap is None or allocation is not None or not choosing:
@@ -192,6 +194,15 @@ async def _rounds(
     finally:
         if pending is not None:
             pending.abandon()
+
+
+def _must_rise(asked: int, told: int) -> None:
+    """Refuse a status of less than a block: the same would be asked for ever."""
+    if told <= asked:
+        raise NbdError(
+            f"the NBD server's status at {asked} is shorter than its own minimum block",
+            wire.Error.EINVAL,
+        )
 
 
 def _few(bitmap: Runs) -> bool:
@@ -229,6 +240,8 @@ async def _looked_up(
                 under_way.popleft()
                 assert status is not None  # noqa: S101  # that is what was asked for
                 runs, first = status[wire.BASE_ALLOCATION], round_down(low, unit)
+                if first + runs.total < stop:
+                    _must_rise(first, round_down(first + runs.total, unit))
                 yield _kinds(first, stop, runs, wire.STATE_ZERO, Kind.ZERO, Kind.DATA)
                 low = max(low, min(first + runs.total, stop))
                 if low < stop:

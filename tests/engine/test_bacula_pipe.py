@@ -14,9 +14,10 @@ import pytest
 
 from pveplug.bacula_files import FileInfo, OutgoingFile
 from pveplug.bacula_pipe import GATHER_BYTES, PtcommPipe
+from pveplug.diskstream import LONG_WRITE
 from pveplug.errors import LocalProtocolError, TransportError
 from pveplug.proto import ptcomm
-from pveplug.units import KiB, MiB
+from pveplug.units import CLUSTER, GiB, KiB, MiB
 from tests.support.pipe_ends import Ends, received
 
 
@@ -152,6 +153,21 @@ async def test_what_is_lent_is_free_when_it_has_been_read():
     await asyncio.wait_for(free, 10)
     assert got == slot
     ends.finish(pipe)
+
+
+async def test_a_few_clusters_are_copied_so_that_nobody_waits_for_them():
+    """What a disk's stream awaits at once mustn't wait until it has been read."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    out = OutgoingFile(pipe, FileInfo("/@proxmox/d.qcow2", GiB), offsets=True)
+    slot = memoryview(bytearray(b"a" * (LONG_WRITE - CLUSTER)))
+    await asyncio.wait_for(out.write(0, slot), 10)
+    slot[:] = b"b" * len(slot)
+    await asyncio.wait_for(out.write(len(slot), slot), 10)
+    ends.read_all(step=50_000)
+    await pipe.written()
+    got = ends.finish(pipe)
+    assert (got.count(b"a"), got.count(b"b")) == (len(slot), len(slot))
 
 
 async def test_who_waits_for_a_reader_that_has_gone_is_told():

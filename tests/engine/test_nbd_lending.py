@@ -36,28 +36,28 @@ class StubbornServer:
         self._listening.bind(self.address.path)
         self._listening.listen(1)
         self._listening.setblocking(False)
-        self._talking: socket.socket | None = None
+        self.talking: socket.socket | None = None
         self.model = ModelServer(bytearray(SIZE), Manner())
 
     async def shake_hands(self) -> None:
         loop = asyncio.get_running_loop()
-        self._talking, _ = await loop.sock_accept(self._listening)
-        self._talking.setblocking(False)
+        self.talking, _ = await loop.sock_accept(self._listening)
+        self.talking.setblocking(False)
         while self.model._step != self.model._request:
-            await loop.sock_sendall(self._talking, self.model.take_sent())
-            self.model.receive(await loop.sock_recv(self._talking, 4096))
-        await loop.sock_sendall(self._talking, self.model.take_sent())
+            await loop.sock_sendall(self.talking, self.model.take_sent())
+            self.model.receive(await loop.sock_recv(self.talking, 4096))
+        await loop.sock_sendall(self.talking, self.model.take_sent())
 
     async def read_all(self) -> bytes:
-        assert self._talking is not None
+        assert self.talking is not None
         got, loop = b"", asyncio.get_running_loop()
         with contextlib.suppress(ConnectionResetError):
-            while data := await loop.sock_recv(self._talking, 50_000):
+            while data := await loop.sock_recv(self.talking, 50_000):
                 got += data
         return got
 
     def leave(self) -> None:
-        for sock in (self._talking, self._listening):
+        for sock in (self.talking, self._listening):
             if sock is not None:
                 sock.close()
 
@@ -164,6 +164,59 @@ async def test_a_sink_uses_its_buffers_again_and_nothing_is_mixed_up(
         await sink.finish()
     assert disk == expected
     assert len(lent) == 1 if refused else len(lent) > 20
+
+
+@pytest.mark.parametrize("missing", ["the pipe", "the socket"])
+async def test_a_sink_without_files_to_open_copies(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """Too many open files cost nothing but time."""
+
+    def too_many(*_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    target = {"the pipe": "os.pipe", "the socket": "os.dup"}[missing]
+    monkeypatch.setattr(f"pveplug.nbd.lending.{target}", too_many)
+    data, disk = random.Random(8).randbytes(4 * MiB), bytearray(SIZE)
+    async with (
+        serving(str(short_tmp / "s"), lambda: ModelServer(disk)) as address,
+        await connect(address) as client,
+        NbdSink(client) as sink,
+    ):
+        await sink.write(0, data)
+        await sink.finish()
+    assert disk.startswith(data)
+
+
+def test_what_is_unread_when_the_loop_closes_stays_as_it_is(
+    short_tmp: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may go on, and others be where it was; the wait gets longer."""
+    monkeypatch.setattr("pveplug.nbd.lending._FIRST_LOOK_S", 0.002)
+    monkeypatch.setattr("pveplug.nbd.lending._LAST_LOOK_S", 0.1)
+    data = random.Random(6).randbytes(MiB)
+
+    async def gives_up() -> socket.socket:
+        async with stubborn(short_tmp) as (client, server):
+            await drops_a_sink(client, data)
+            await asyncio.sleep(0.5)
+            assert server.talking is not None
+            return server.talking.dup()
+
+    theirs = asyncio.run(gives_up())
+    others = [bytearray(b"!" * MiB) for _ in range(40)]
+    theirs.setblocking(True)
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := theirs.recv(50_000):
+            got += piece
+            others.append(bytearray(b"?" * MiB))
+    theirs.close()
+    sent = got[got.find(data[:64]) :]
+    assert len(sent) > 64 * KiB
+    assert data.startswith(sent[: len(data)])
+    told = [line for line in caplog.messages if "hasn't read what was lent" in line]
+    assert len(told) == 1
 
 
 async def test_a_server_that_vanishes_is_told_as_ever(short_tmp: Path) -> None:

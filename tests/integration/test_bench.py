@@ -37,4 +37,4 @@ def test_backup_and_incremental_read_what_they_say(
     monkeypatch.setattr(backup, "SMALL", 16 * MIB)
     rows = backup.measure(small=True, rounds=1)
     rows += incremental.measure(small=True, rounds=1)
-    assert [row.row for row in rows] == ["2", "2-cpu", "3", "4"]
+    assert [row.row for row in rows] == ["2", "2-cpu", "3", "4", "4-path"]

@@ -307,6 +307,29 @@ def test_allocation_counts_only_where_it_is_dirty(monkeypatch, few, short, asked
         assert client.asked == [*bitmaps[:2], *both, bitmaps[3]]
 
 
+@pytest.mark.parametrize("short_of", CONTEXTS)
+def test_a_status_of_less_than_a_block_is_refused_not_asked_for_ever(
+    monkeypatch, short_of
+):
+    monkeypatch.setattr(nbd_source, "TOO_SHORT", 0)
+    runs = {CONTEXTS[0]: [(SIZE, 0)], CONTEXTS[1]: [(SIZE, 1)]}
+    client = FakeClient(Manner(contexts=runs), CONTEXTS, 4 * UNIT, choosing=True)
+    honest = client.model.runs
+
+    def short(name, offset, length):
+        return [(UNIT, 1)] if name == short_of else honest(name, offset, length)
+
+    monkeypatch.setattr(client.model, "runs", short)
+
+    async def collect():
+        await mark(client, Marks(), dirty="b")
+
+    with pytest.raises(NbdError, match="at 0 is shorter than its own minimum block"):
+        asyncio.run(collect())
+    assert len(client.asked) <= 3
+    assert not client.under_way
+
+
 def test_the_next_window_is_asked_for_while_one_is_gone_through():
     manner = Manner(contexts={c: [(UNIT, n % 2) for n in range(64)] for c in CONTEXTS})
     client = FakeClient(manner, CONTEXTS)
