@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pveplug.cbt import Level
-from pveplug.diskstream import DiskStream, RateLimit, scan
+from pveplug.diskstream import DiskStream, FileSink, RateLimit, scan
 from pveplug.events import NullReporter
 from pveplug.guestlatency import keep_pace
 from pveplug.nbd.client import UnixAddress, connect
@@ -52,7 +52,7 @@ class Scratch:
         self._path.unlink(missing_ok=True)
 
 
-class Nowhere:
+class Nowhere(FileSink):
     """Takes an image and keeps nothing."""
 
     async def write(self, offset: int, *buffers: memoryview | bytes) -> None:

@@ -3,8 +3,8 @@
 
 The disk is a qcow2 with a persistent bitmap; the dirty blocks are all it holds, so that
 nbdcopy, which knows only allocation, reads the same bytes. The whole path has blocks of
-two clusters, as long as what a sink is given at once and awaits: to lend these to a pipe
-instead of copying them halved its speed once, and no other row told.
+two clusters: a change that was right for one and for many halved their speed once, and
+no other row told.
 """
 
 from __future__ import annotations

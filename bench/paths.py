@@ -51,7 +51,7 @@ class Disk:
     parent: str | None = None
 
 
-class Discard:
+class Discard(FileSink):
     """A sink without a pipe."""
 
     async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
@@ -157,7 +157,7 @@ async def backup(disks: Sequence[Disk], *, ahead: int = 2) -> list[Opened]:
     return found
 
 
-class StoredFile:
+class StoredFile(FileSink):
     """A sink that keeps an image as bacula-fd gives it back: ``D`` of 64 KiB each.
 
     In two files, of which the first has the image's first cluster. That holds the name

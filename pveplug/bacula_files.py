@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -15,9 +15,10 @@ from pveplug.proto.ptcomm import Buffer, Packet, Status
 from pveplug.proto.ptcomm_words import Stat, Times, parse_command
 from pveplug.units import KiB
 
-COPY_BYTES: Final = 192 * KiB
-"""Up to this size a write is copied instead of waited for: what is lent is free only
-when that was read, and a disk's stream waits at once for less than 256 KiB."""
+COPY_BYTES: Final = 64 * KiB
+"""Up to this size a write is copied instead of waited for."""
+LENT_BYTES: Final = 32 * KiB
+"""What is shorter is copied: eight pages."""
 _ZEROS: Final = bytes(256 * KiB)
 
 
@@ -79,7 +80,7 @@ class OutgoingFile:
     async def write(self, offset: int, *buffers: Buffer) -> None:
         """Send the bytes of ``buffers``, in a row, as those from ``offset`` on.
 
-        When this returns the buffers may be reused: small ones (192 KiB in total) were
+        When this returns the buffers may be reused: small ones (64 KiB in total) were
         copied, and go out with those that follow; larger ones have been read by
         bacula-fd. Several may be under way, and go out in the order they were begun.
         Without offsets a gap is sent as zeroes.
@@ -91,26 +92,71 @@ class OutgoingFile:
             TransportError: bacula-fd is gone.
         """
         size = sum(memoryview(buffer).nbytes for buffer in buffers)
+        send = self._pipe.send if size > COPY_BYTES else self._pipe.gather
+        mark = await self._begin(offset, size, buffers, send)
+        if size > COPY_BYTES:
+            await self._pipe.free(mark)
+        elif mark > self._pipe.writer.done:
+            await self._pipe.written(mark)
+
+    async def begin(self, offset: int, view: memoryview) -> int:
+        """Begin to send the bytes of ``view`` as those from ``offset`` on.
+
+        It must not change until bacula-fd has read it, see :meth:`free`, and never
+        again when that fails or isn't waited for. How much is begun is the caller's
+        business: nothing is waited for here.
+
+        Returns: the mark for :meth:`free`; it rises.
+
+        Raises: as :meth:`write`.
+        """
+        size = len(view)
+        if size < LENT_BYTES or view.readonly:
+            await self.write(offset, view)
+            return self._pipe.writer.queued  # not less than what was lent before
+        return await self._begin(offset, size, [view], self._lend)
+
+    async def free(self, mark: int) -> None:
+        """Wait until what was begun up to ``mark`` may be changed.
+
+        Raises:
+            TransportError: bacula-fd is gone.
+        """
+        if mark > self._pipe.writer.reusable:
+            await self._pipe.free(mark)
+
+    async def _begin(
+        self,
+        offset: int,
+        size: int,
+        buffers: Sequence[Buffer],
+        send: Callable[[Sequence[Buffer]], int],
+    ) -> int:
         if offset < 0 or offset + size > self.info.size:
             raise LocalProtocolError(
                 f"{self.info.name}: {size} bytes at {offset} are beyond its end at "
                 f"{self.info.size}"
             )
         if not size:
-            return
+            return self._pipe.writer.queued
         if self._offsets:
-            mark = self._send(offset, size, buffers)
-        else:
-            async with self._in_order:
-                await self._fill(offset)
-                mark = self._send(offset, size, buffers)
-        if size > COPY_BYTES:
-            await self._pipe.free(mark)
-        elif mark > self._pipe.writer.done:
-            await self._pipe.written(mark)
+            return send(self._frames(offset, size, buffers))
+        async with self._in_order:
+            await self._fill(offset)
+            return send(self._frames(offset, size, buffers))
 
-    def _send(self, offset: int, size: int, buffers: Sequence[Buffer]) -> int:
-        """Send data; return the mark to wait for."""
+    def _lend(self, frames: Sequence[Buffer]) -> int:
+        return self._pipe.lend(
+            [
+                frame if isinstance(frame, memoryview) else memoryview(bytearray(frame))
+                for frame in frames
+            ]
+        )
+
+    def _frames(
+        self, offset: int, size: int, buffers: Sequence[Buffer]
+    ) -> list[Buffer]:
+        """Return the packets for data that is sent next."""
         frames: list[Buffer] = []
         if not self._open:
             frames.append(ptcomm.command("DATA"))
@@ -119,8 +165,7 @@ class OutgoingFile:
             frames.append(ptcomm.command(f"OFFSET:{offset}"))
         self.position = offset + size
         self.sent += size
-        frames += ptcomm.data_frames(buffers)
-        return (self._pipe.send if size > COPY_BYTES else self._pipe.gather)(frames)
+        return frames + ptcomm.data_frames(buffers)
 
     async def fill(self, end: int) -> None:
         """Send zeroes up to ``end``.
@@ -141,7 +186,8 @@ class OutgoingFile:
         while self.position < end:
             count = min(end - self.position, len(_ZEROS))
             zeros = memoryview(_ZEROS)[:count]
-            await self._pipe.written(self._send(self.position, count, [zeros]))
+            frames = self._frames(self.position, count, [zeros])
+            await self._pipe.written(self._pipe.send(frames))
             await asyncio.sleep(0)  # else the loop stands still if the pipe takes all
 
     async def finish(self) -> None:

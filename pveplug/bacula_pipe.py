@@ -26,7 +26,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeGuard
 
 from pveplug.errors import (
     LocalProtocolError,
@@ -43,8 +43,6 @@ PIPE_BYTES: Final = MiB
 """Default of /proc/sys/fs/pipe-max-size: what an unprivileged process may have."""
 QUEUE_BYTES: Final = 2 * MiB
 """Copied bytes that may wait for room in the pipe."""
-LENT_BYTES: Final = 32 * KiB
-"""What is shorter is copied: eight pages."""
 GATHER_BYTES: Final = 260 * KiB
 """So much of what was copied goes out at a time: four clusters and their packets."""
 _IOV: Final = 512  # half of Linux' IOV_MAX
@@ -65,11 +63,11 @@ class PipeWriter:
         self._loop = asyncio.get_running_loop()
         self._on_broken = broken
         self._queue: deque[Buffer] = deque()
-        self._queued = 0
-        self._written = 0
-        self._lent: deque[tuple[int, int, Buffer]] = deque()
-        """From which mark to which, in the pipe and unread. Never let go of before:
-        whatever came to be in that memory would be read instead."""
+        self._queued = self._pushed = 0
+        self._written = self._consumed = 0
+        self._lent: deque[tuple[int, Sequence[memoryview]]] = deque()
+        """Up to which mark, in the pipe and unread. Never let go of before: whatever
+        came to be in that memory would be read instead."""
         self._lending = True
         self._waiting_for_room = False
         self._waiters: list[tuple[bool, int, asyncio.Future[None]]] = []
@@ -91,24 +89,32 @@ class PipeWriter:
     @property
     def reusable(self) -> int:
         """The mark up to which buffers may be used again."""
-        return self._lent[0][0] if self._lent else self._written
+        return self._consumed if self._lent else self._written
 
-    def put(self, buffers: Sequence[Buffer], size: int) -> int:
+    def put(self, buffers: Sequence[Buffer], size: int, *, enough: int = 0) -> int:
         """Queue ``size`` bytes; return the mark to give to :meth:`free`.
 
-        The buffers belong to the writer until then.
+        The buffers belong to the writer until then; what is a writable view is lent,
+        the others are copied into the pipe. Until ``enough`` bytes wait for nothing but
+        that, they are left to a later call, or :meth:`push`.
 
         Raises:
             TransportError: writing has failed before.
         """
         if self._failure is not None:
             raise TransportError(self._failure)
-        if size:
-            self._queued += size
-            self._queue.extend(buffers)
+        self._queued += size
+        self._queue.extend(buffers)
+        if self._queued - self._pushed >= enough:
+            self.push()
+        return self._queued
+
+    def push(self) -> None:
+        """Begin to write everything that is queued."""
+        if self._pushed < self._queued and self._failure is None:
+            self._pushed = self._queued
             if not self._waiting_for_room:
                 self._push()
-        return self._queued
 
     async def written(self, mark: int) -> None:
         """Wait until everything up to ``mark`` is in the pipe.
@@ -129,7 +135,7 @@ class PipeWriter:
         await self._until(mark, read=True)
 
     async def _until(self, mark: int, *, read: bool) -> None:
-        if read and self.reusable < mark and self._failure is None:
+        if read and self.reusable < mark:
             self._take_back()
         while (self.reusable if read else self._written) < mark:
             if self._failure is not None:
@@ -150,7 +156,8 @@ class PipeWriter:
     def close(self) -> None:
         """Fail, and let nothing else come to be where unread bytes are."""
         self.fail("the session is closed")
-        _for_good.extend(buffer for _, _, buffer in self._lent)
+        for _, views in self._lent:
+            _for_good.extend(views)
 
     # -- inside -----------------------------------------------------------------------
 
@@ -170,40 +177,47 @@ class PipeWriter:
         self._wake()
 
     def _write_some(self) -> None:
-        """Lend the next buffer, or copy the next ones.
+        """Lend the next buffers, or copy them.
 
         Raises:
             BlockingIOError: no room now.
             OSError: the pipe broke.
         """
-        queue, began = self._queue, self._written
-        if self._lending and (view := _lendable(queue[0])) is not None:
+        queue = self._queue
+        if views := self._to_lend():
             try:
-                count = lend(self._fd, view)
+                count = lend(self._fd, views)
             except OSError as error:
                 if error.errno not in REFUSED:
                     raise
                 log.warning("copies what could be lent reason=%r", error.strerror)
                 self._lending = False
                 return
-            self._written += count
-            self._lent.append((began, self._written, view))
-            if count < len(view):
-                queue[0] = view[count:]
-            else:
-                queue.popleft()
-            return
-        short: list[Buffer] = []
-        for buffer in queue:
-            if len(short) == _IOV or (self._lending and _lendable(buffer) is not None):
-                break
-            short.append(buffer)
-        count = os.writev(self._fd, short)
+            self._lent.append((self._written + count, views))
+        else:
+            count = os.writev(self._fd, self._to_copy())
         self._written += count
         while queue and count >= len(queue[0]):
             count -= len(queue.popleft())
         if count:
             queue[0] = memoryview(queue[0])[count:]
+
+    def _to_lend(self) -> list[memoryview]:
+        views = list[memoryview]()
+        if self._lending:
+            for buffer in self._queue:
+                if not _lendable(buffer) or len(views) == _IOV:
+                    break
+                views.append(buffer)
+        return views
+
+    def _to_copy(self) -> list[Buffer]:
+        buffers = list[Buffer]()
+        for buffer in self._queue:
+            if (self._lending and _lendable(buffer)) or len(buffers) == _IOV:
+                break
+            buffers.append(buffer)
+        return buffers
 
     def _wait_for_room(self, on: bool) -> None:
         if on is not self._waiting_for_room:
@@ -217,8 +231,8 @@ class PipeWriter:
         """See what has been read."""
         lent = self._lent
         if lent:
-            consumed = self._written - unread(self._fd)
-            while lent and lent[0][1] <= consumed:
+            self._consumed = self._written - unread(self._fd)
+            while lent and lent[0][0] <= self._consumed:
                 lent.popleft()
 
     def _wake(self) -> None:
@@ -270,12 +284,8 @@ class PipeWriter:
         self._wake()
 
 
-def _lendable(buffer: Buffer) -> memoryview | None:
-    """Return what need not be copied: it is long, and no constant of Python's."""
-    if len(buffer) < LENT_BYTES or isinstance(buffer, bytes):
-        return None
-    view = memoryview(buffer)
-    return None if view.readonly else view
+def _lendable(buffer: Buffer) -> TypeGuard[memoryview]:
+    return isinstance(buffer, memoryview) and not buffer.readonly
 
 
 class _Copies:
@@ -381,6 +391,19 @@ class PtcommPipe:
             self._send_copies()
         return self.writer.put(buffers, sum(len(buffer) for buffer in buffers))
 
+    def lend(self, buffers: Sequence[memoryview]) -> int:
+        """As :meth:`send`, together with what follows, until the event loop turns.
+
+        All are lent, however short: headers too, for all go in one system call.
+        """
+        self._must_be_open()
+        if self._copies.used:
+            self._send_copies()
+        size = sum(len(buffer) for buffer in buffers)
+        mark = self.writer.put(buffers, size, enough=GATHER_BYTES)
+        self._flush_soon()
+        return mark
+
     def gather(self, buffers: Sequence[Buffer]) -> int:
         """Copy at most ``GATHER_BYTES``, to go out before whatever is sent next.
 
@@ -395,16 +418,20 @@ class PtcommPipe:
         if not self._copies.fits(sum(len(buffer) for buffer in buffers)):
             self._send_copies()
         self._copies.add(buffers)
+        self._flush_soon()
+        return self.writer.queued - QUEUE_BYTES
+
+    def _flush_soon(self) -> None:
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
-        return self.writer.queued - QUEUE_BYTES
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._copies.used:
-            with contextlib.suppress(TransportError):  # told to whoever sends next
+        with contextlib.suppress(TransportError):  # told to whoever sends next
+            if self._copies.used:
                 self._send_copies()
+            self.writer.push()
 
     def _send_copies(self) -> None:
         copies, sent = self._copies, self._sent

@@ -38,12 +38,11 @@ REQUEST: Final = 512 * KiB
 """Of a reader that may be slowed, or is to leave little behind."""
 LONG_REQUEST: Final = 1 * MiB
 """A fifth less processor time, and no more bytes under way."""
-LONG_WRITE: Final = 256 * KiB
-"""Shorter ones aren't worth a task."""
-KEPT: Final = 2
-"""Slots that may still be written from while the next is looked at: a sink that doesn't
-copy is done with one when a whole pipe of 1 MiB has gone out behind it. More of them
-where they are shorter than that was measured: it changes nothing."""
+KEPT_BYTES: Final = 2 * MiB
+"""So much may still be written from behind a slot that is waited for: a pipe that lends
+is done with that when 1 MiB has gone in behind it, and has the other to go on with."""
+TURN_BYTES: Final = 256 * KiB
+"""At least so often the event loop turns, also if nothing is waited for."""
 TRIM_STEP: Final = 4 * MiB
 """Give scratch space back in pieces of this size: one request per 4 MiB read."""
 TRIM_AHEAD: Final = 4 * MiB
@@ -57,10 +56,20 @@ class FileSink(Protocol):
     """Where the image goes."""
 
     async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
-        """Take bytes for ``offset``; the buffers may be reused when it returns.
+        """Take bytes for ``offset``; the buffers may be reused when it returns."""
 
-        Several may be under way, begun in the order of their offsets.
+    async def begin(self, offset: int, view: memoryview) -> int:
+        """Begin to take bytes, which mustn't change until they're free.
+
+        Returns: the mark for :meth:`free`, which never falls. Unless it is overridden,
+        the bytes have been written.
         """
+        await self.write(offset, view)
+        return 0
+
+    async def free(self, mark: int) -> None:
+        """Wait until what was begun up to ``mark`` may be changed."""
+        return
 
 
 class Digest(Protocol):
@@ -252,10 +261,14 @@ class DiskStream:
             client,
             request_bytes=limit.request_bytes,
             allowed=limit.in_flight,
-            keep=KEPT,
+            keep=True,
         )
-        self._writing: deque[tuple[Slot, asyncio.Task[None]]] = deque()
-        self._kept: deque[Slot] = deque()
+        self._begun = 0
+        """The sink's mark of what was begun last."""
+        self._kept: deque[tuple[Slot, int]] = deque()
+        """What may still be written from, and the mark that ends it."""
+        self._kept_bytes = 0
+        self._since_turn = 0
         self._held: Sequence[EdgeRun] = ()
         self._slots: AsyncGenerator[Slot, None] | None = None
         self._first: asyncio.Task[Slot | None] | None = None
@@ -285,7 +298,7 @@ class DiskStream:
                 yield piece.guest_offset, piece.length
 
     async def _in_order(self) -> AsyncGenerator[Slot, None]:
-        """Yield what is read and what is held, by offset; ``KEPT`` behind one stay.
+        """Yield what is read and what is held, by offset.
 
         The first is read before what is held in front of it is looked at: so others
         can read ahead while this disk waits for its turn.
@@ -318,40 +331,46 @@ class DiskStream:
         if slots is None or first is None:
             raise IntegrityError("the disk was not opened")
         pending: Slot | None = await first
-        try:
-            async with aclosing(slots):
-                used = 0  # bytes of the pending slot that are already written
-                for piece in self._writer.pieces():
-                    if isinstance(piece, Metadata):
-                        await out.write(piece.file_offset, piece.data)
-                        self.progress.sent += piece.length
-                        continue
-                    at, end = piece.guest_offset, piece.guest_offset + piece.length
-                    while at < end:
-                        if pending is None or pending.offset + used != at:
-                            raise IntegrityError(f"expected the disk's bytes at {at}")
-                        length = min(pending.length - used, end - at)
-                        place = piece.file_offset + (at - piece.guest_offset)
-                        await self._send_slot(out, place, pending, used, length)
-                        at += length
-                        used += length
-                        if used == pending.length:
-                            pending, used = await self._after(slots, pending), 0
-                await self._written(None)
-            if pending is not None:
-                raise IntegrityError(f"more was read than the image holds: {pending}")
-            await self._flush_trim()
-        finally:
-            await self._give_up_writing()
+        async with aclosing(slots):
+            used = 0  # bytes of the pending slot that are already written
+            for piece in self._writer.pieces():
+                if isinstance(piece, Metadata):
+                    await out.write(piece.file_offset, piece.data)
+                    self.progress.sent += piece.length
+                    continue
+                at, end = piece.guest_offset, piece.guest_offset + piece.length
+                while at < end:
+                    if pending is None or pending.offset + used != at:
+                        raise IntegrityError(f"expected the disk's bytes at {at}")
+                    length = min(pending.length - used, end - at)
+                    place = piece.file_offset + (at - piece.guest_offset)
+                    await self._send_slot(out, place, pending, used, length)
+                    at += length
+                    used += length
+                    if used == pending.length:
+                        await self._keep(out, pending)
+                        pending, used = await anext(slots, None), 0
+            await out.free(self._begun)
+        self._kept.clear()
+        if pending is not None:
+            raise IntegrityError(f"more was read than the image holds: {pending}")
+        await self._flush_trim()
 
-    async def _after(
-        self, slots: AsyncGenerator[Slot, None], slot: Slot
-    ) -> Slot | None:
-        """Return the next slot; what is still written from stays valid."""
-        self._kept.append(slot)
-        if len(self._kept) > KEPT:
-            await self._written(self._kept.popleft())
-        return await anext(slots, None)
+    async def _keep(self, out: FileSink, slot: Slot) -> None:
+        """Keep a slot that may still be written from, and let go of earlier ones."""
+        kept = self._kept
+        kept.append((slot, self._begun))
+        self._kept_bytes += len(slot.buffer)
+        while self._kept_bytes - len(kept[0][0].buffer) >= KEPT_BYTES:
+            oldest, mark = kept[0]
+            await out.free(mark)
+            kept.popleft()
+            self._kept_bytes -= len(oldest.buffer)
+            self._reader.release(oldest)
+        self._since_turn += slot.length
+        if self._since_turn >= TURN_BYTES:
+            self._since_turn = 0
+            await asyncio.sleep(0)
 
     async def _send_slot(
         self, out: FileSink, place: int, slot: Slot, start: int, length: int
@@ -423,32 +442,8 @@ class DiskStream:
     async def _write(
         self, out: FileSink, place: int, slot: Slot, start: int, end: int
     ) -> None:
-        """Begin to write a part of a slot, while the next is looked at."""
-        writing = out.write(place, slot.view[start:end])
-        if end - start < LONG_WRITE:
-            await writing
-        else:
-            task = asyncio.create_task(writing, name="write")
-            self._writing.append((slot, task))
-            await asyncio.sleep(0)  # so that it has begun
+        self._begun = await out.begin(place, slot.view[start:end])
         self.progress.sent += end - start
-
-    async def _written(self, slot: Slot | None) -> None:
-        """Wait until what was begun from a slot, or from all, is written.
-
-        Raises: as the sink's ``write``.
-        """
-        writing = self._writing
-        while writing and (slot is None or writing[0][0] is slot):
-            await writing[0][1]
-            writing.popleft()
-
-    async def _give_up_writing(self) -> None:
-        tasks = [task for _, task in self._writing]
-        self._writing.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _give_back(self, offset: int, length: int) -> None:
         """TRIM what has been sent; it can't be read again, so a broken stream fails."""

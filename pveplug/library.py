@@ -26,7 +26,7 @@ from typing import Final
 from pveplug.access import choose_vms, open_api
 from pveplug.cbt import Level
 from pveplug.config_parse import parse_backup
-from pveplug.diskstream import DiskStream, Progress, RateLimit, scan
+from pveplug.diskstream import DiskStream, FileSink, Progress, RateLimit, scan
 from pveplug.errors import ConfigError
 from pveplug.events import NullReporter, Reporter
 from pveplug.extents import Block, Extent, Kind
@@ -313,7 +313,7 @@ async def write_image(
         return ImageWritten(progress.read, progress.zero, stream.file_size)
 
 
-class _File:
+class _File(FileSink):
     """A file as the sink of a stream; what isn't written stays a hole."""
 
     def __init__(self, fd: int) -> None:

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import termios
+from collections.abc import Sequence
 from typing import Final
 
 _NONBLOCK: Final = 2  # SPLICE_F_NONBLOCK of linux/splice.h
@@ -30,26 +31,25 @@ REFUSED: Final = (
 """This isn't a pipe, or this kernel or a seccomp filter has no vmsplice for us."""
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 _vmsplice = ctypes.CDLL(None, use_errno=True).vmsplice
 _vmsplice.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 _vmsplice.restype = ctypes.c_ssize_t
 
 
-def lend(pipe: int, view: memoryview) -> int:
-    """Put the pages of a writable view into a pipe; return how many bytes it took.
+def lend(pipe: int, views: Sequence[memoryview]) -> int:
+    """Put the pages of writable views into a pipe; return how many bytes it took.
 
-    Never blocks.
+    Never blocks. At most 1024 of them (IOV_MAX).
 
     Raises:
         BlockingIOError: the pipe is full.
         OSError: it broke; an error of ``REFUSED``: only copying will do.
     """
-    iovec = _Iovec(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view))
-    count: int = _vmsplice(pipe, ctypes.byref(iovec), 1, _NONBLOCK)
+    iovecs: list[int] = []
+    for view in views:
+        iovecs += ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view)
+    words = (ctypes.c_size_t * len(iovecs))(*iovecs)
+    count: int = _vmsplice(pipe, words, len(views), _NONBLOCK)
     if count < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -100,7 +100,7 @@ class LendingWriter:
         if self._lending and lendable(queue[0]):
             try:
                 pipe = self._pipe = self._pipe or _pipe()
-                count = lend(pipe[1], queue[0])
+                count = lend(pipe[1], [queue[0]])
             except OSError as error:
                 if self._pipe is not None and error.errno not in REFUSED:
                     raise

@@ -332,7 +332,7 @@ def is_zero(buffer: bytearray | memoryview, start: int, length: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Bytes of the disk, valid until the reader is asked for the next but ``keep``.
+    """Bytes of the disk, valid until the reader is asked for the next, or gets it back.
 
     ``buffer`` may be longer than ``length``; ``view`` is its first ``length`` bytes.
     """
@@ -348,8 +348,8 @@ class OrderedReader:
 
     Buffers are reused; read-ahead is bounded by ``in_flight_bytes`` (2-4 MiB measured
     best: more falls out of the processor's cache), and by ``allowed()`` requests, asked
-    each time, so there are more of them where the runs are short. ``keep`` slots stay
-    valid behind the one that is yielded. There are no tasks: leaving the iteration, by
+    each time, so there are more of them where the runs are short. With ``keep`` a slot
+    stays as it is until :meth:`release`. There are no tasks: leaving the iteration, by
     any way, abandons the requests under way. A generator that was left by ``break``
     does so when it is closed, so prefer ``contextlib.aclosing``.
     """
@@ -361,7 +361,7 @@ class OrderedReader:
         request_bytes: int = 512 * KiB,
         in_flight_bytes: int = 4 * MiB,
         allowed: Callable[[], int] | None = None,
-        keep: int = 0,
+        keep: bool = False,
     ) -> None:
         self._client = client
         self._request = max(
@@ -370,7 +370,7 @@ class OrderedReader:
         )
         self._bytes = in_flight_bytes
         self._allowed = allowed or (lambda: MAX_REQUESTS)
-        self._keep = keep
+        self._lasting: dict[int, bytearray] | None = {} if keep else None
         self._sizes = (*(s for s in SHORT if s < self._request), self._request)
         self._free: dict[int, list[bytearray]] = {size: [] for size in self._sizes}
         self._pooled = 0  # bytes in these
@@ -386,7 +386,6 @@ class OrderedReader:
         size = 0 if piece is None else self._size(piece[1])
         under_way: deque[tuple[Slot, Pending | None]] = deque()
         ahead = 0  # bytes of the buffers under way
-        theirs: deque[bytearray] = deque()  # in the consumer's hands
         try:
             while True:
                 while piece is not None and (
@@ -408,17 +407,22 @@ class OrderedReader:
                     await self._client.read_into(slot.offset, slot.view)
                 under_way.popleft()
                 ahead -= len(slot.buffer)
-                theirs.append(slot.buffer)
-                yield slot
-                if len(theirs) > self._keep:
-                    self._release(theirs.popleft())
+                if self._lasting is None:
+                    yield slot
+                    self._release(slot.buffer)
+                else:
+                    self._lasting[id(slot.buffer)] = slot.buffer
+                    yield slot
         finally:
             for slot, pending in under_way:
                 if pending is not None:
                     pending.abandon()
                 self._release(slot.buffer)
-            for buffer in theirs:
-                self._release(buffer)
+
+    def release(self, slot: Slot) -> None:
+        """Take back a slot that was kept; one that isn't from here is left alone."""
+        if self._lasting and self._lasting.pop(id(slot.buffer), None) is not None:
+            self._release(slot.buffer)
 
     def _start(
         self, offset: int, length: int, size: int

@@ -9,12 +9,13 @@ import os
 import random
 import socket
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 
+from pveplug import splicing
 from pveplug.bacula_files import FileInfo, OutgoingFile
 from pveplug.bacula_pipe import GATHER_BYTES, PtcommPipe
-from pveplug.diskstream import LONG_WRITE
 from pveplug.errors import LocalProtocolError, TransportError
 from pveplug.proto import ptcomm
 from pveplug.units import CLUSTER, GiB, KiB, MiB
@@ -155,19 +156,65 @@ async def test_what_is_lent_is_free_when_it_has_been_read():
     ends.finish(pipe)
 
 
-async def test_a_few_clusters_are_copied_so_that_nobody_waits_for_them():
-    """What a disk's stream awaits at once mustn't wait until it has been read."""
+async def test_what_is_begun_is_free_when_it_has_been_read():
+    """Nobody waits before; a short one between has a mark that isn't lower."""
     ends = Ends()
     pipe = PtcommPipe(ends.silent_in, ends.writing)
     out = OutgoingFile(pipe, FileInfo("/@proxmox/d.qcow2", GiB), offsets=True)
-    slot = memoryview(bytearray(b"a" * (LONG_WRITE - CLUSTER)))
-    await asyncio.wait_for(out.write(0, slot), 10)
-    slot[:] = b"b" * len(slot)
-    await asyncio.wait_for(out.write(len(slot), slot), 10)
+    slot = memoryview(bytearray(b"a" * 128 * KiB))
+    marks = [await out.begin(0, slot), await out.begin(len(slot), slot[:KiB])]
+    marks.append(await out.begin(MiB, slot))
+    assert marks == sorted(marks)
+    assert marks[0] > 128 * KiB
+    free = asyncio.create_task(out.free(marks[1]))
+    await asyncio.sleep(0.1)
+    assert not free.done()
+    got = os.read(ends.reading, marks[0] - 1)
+    await asyncio.sleep(0.1)
+    assert not free.done()
     ends.read_all(step=50_000)
-    await pipe.written()
-    got = ends.finish(pipe)
-    assert (got.count(b"a"), got.count(b"b")) == (len(slot), len(slot))
+    await asyncio.wait_for(free, 10)
+    await asyncio.wait_for(out.free(marks[2]), 10)
+    slot[:] = b"b" * len(slot)
+    got += ends.finish(pipe)
+    assert (got.count(b"a"), got.count(b"b")) == (2 * len(slot) + KiB, 0)
+
+
+async def test_scattered_clusters_are_lent_together(monkeypatch):
+    """With their headers, in one call for several."""
+    ends, calls = Ends(), []
+
+    def lend(pipe: int, views: Sequence[memoryview]) -> int:
+        calls.append(len(views))
+        return splicing.lend(pipe, views)
+
+    monkeypatch.setattr("pveplug.bacula_pipe.lend", lend)
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    out = OutgoingFile(pipe, FileInfo("d.qcow2", 1 << 40), True)
+    slots = [memoryview(bytearray([n]) * CLUSTER) for n in range(64)]
+    ends.read_all()
+    for number, slot in enumerate(slots):
+        mark = await out.begin(number << 20, slot)
+    await out.free(mark)
+    # Four of them go together; a reader that is slower makes a few calls more.
+    assert len(calls) <= 2 * (64 // 4 + 2)
+    image = received(ends.finish(pipe), 64 << 20)
+    for number, slot in enumerate(slots):
+        assert image[number << 20 : (number << 20) + CLUSTER] == slot
+
+
+async def test_what_is_begun_and_given_up_at_once_troubles_nobody(caplog):
+    """The turn of the loop that was to write it comes after the pipe was closed."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    pipe.send([memoryview(bytearray(4 * KiB))])
+    pipe.lend([memoryview(bytearray(64 * KiB))])
+    pipe.close()
+    await asyncio.sleep(0.01)
+    assert not caplog.messages
+    assert os.read(ends.reading, 100_000) == bytes(4 * KiB)
+    for fd in (ends.silent_out, ends.reading):
+        os.close(fd)
 
 
 async def test_who_waits_for_a_reader_that_has_gone_is_told():
@@ -226,7 +273,7 @@ async def test_what_is_lent_lives_until_it_is_read_whoever_lets_go_of_it():
 
 
 async def test_a_kernel_that_borrows_nothing_gets_copies(monkeypatch, caplog):
-    def refuse(pipe: int, view: memoryview) -> int:
+    def refuse(pipe: int, views: Sequence[memoryview]) -> int:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("pveplug.bacula_pipe.lend", refuse)

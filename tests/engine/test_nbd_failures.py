@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import random
+from collections import deque
 
 import pytest
 
@@ -276,13 +277,19 @@ async def test_slots_that_are_kept_stay_as_they_are(tmp_path):
     disk = bytearray(random.Random(9).randbytes(SIZE))
     async with served(tmp_path, disk=disk) as (client, _):
         reader = OrderedReader(
-            client, request_bytes=256 * KiB, in_flight_bytes=MiB, keep=2
+            client, request_bytes=256 * KiB, in_flight_bytes=MiB, keep=True
         )
-        last: list[Slot] = []
+        last: deque[Slot] = deque()
+        buffers = set()
         async for slot in reader.read([(0, SIZE)]):
-            last = [*last, slot][-3:]
+            last.append(slot)
+            buffers.add(id(slot.buffer))
             for one in last:
                 assert one.view == disk[one.offset : one.offset + one.length]
+            if len(last) > 3:
+                reader.release(last.popleft())
+                reader.release(Slot(0, KiB, bytearray(KiB), memoryview(b"")))
+        assert len(buffers) <= 4 + 5  # kept and read ahead
 
 
 async def test_a_consumer_that_stops_leaves_nothing_and_slots_can_be_reused(tmp_path):

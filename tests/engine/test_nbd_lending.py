@@ -11,7 +11,7 @@ import errno
 import os
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -141,11 +141,11 @@ async def test_a_sink_uses_its_buffers_again_and_nothing_is_mixed_up(
     """Also where the kernel borrows nothing."""
     lent = []
 
-    def lend(pipe: int, view: memoryview) -> int:
-        lent.append(len(view))
+    def lend(pipe: int, views: Sequence[memoryview]) -> int:
+        lent.append(views)
         if refused:
             raise OSError(errno.EPERM, "Operation not permitted")
-        return splicing.lend(pipe, view)
+        return splicing.lend(pipe, views)
 
     monkeypatch.setattr("pveplug.nbd.lending.lend", lend)
     rng = random.Random(5)
