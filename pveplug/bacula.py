@@ -262,7 +262,7 @@ class BaculaSession:
         frames: list[Buffer] = [
             ptcomm.command(f"{kind}:{name}"),
             ptcomm.command(f"{kind}_LEN:{len(data)}"),
-            *ptcomm.data_frames([data]),
+            *ptcomm.data_frames([bytes(data)]),  # which is copied, not lent
             ptcomm.END_OF_DATA,
         ]
         await self._pipe.written(self._pipe.send(frames))
