@@ -137,6 +137,8 @@ class PipeWriter:
     async def _until(self, mark: int, *, read: bool) -> None:
         if read and self.reusable < mark:
             self._take_back()
+        if self._look is None:
+            self._look_s = _FIRST_LOOK_S
         while (self.reusable if read else self._written) < mark:
             if self._failure is not None:
                 raise TransportError(self._failure)
@@ -158,6 +160,7 @@ class PipeWriter:
         self.fail("the session is closed")
         for _, views in self._lent:
             _for_good.extend(views)
+        self._fd = -1
 
     # -- inside -----------------------------------------------------------------------
 
@@ -200,15 +203,21 @@ class PipeWriter:
         while queue and count >= len(queue[0]):
             count -= len(queue.popleft())
         if count:
-            queue[0] = memoryview(queue[0])[count:]
+            rest = memoryview(queue[0])
+            # What was to be copied is, to its end.
+            rest = rest if _lendable(queue[0]) else rest.toreadonly()
+            queue[0] = rest[count:]
 
     def _to_lend(self) -> list[memoryview]:
         views = list[memoryview]()
         if self._lending:
+            # A slow reader makes room bit by bit: not all is looked at each time.
+            size, most = 0, GATHER_BYTES if self._waiting_for_room else PIPE_BYTES
             for buffer in self._queue:
-                if not _lendable(buffer) or len(views) == _IOV:
+                if not _lendable(buffer) or len(views) == _IOV or size >= most:
                     break
                 views.append(buffer)
+                size += len(buffer)
         return views
 
     def _to_copy(self) -> list[Buffer]:
@@ -230,7 +239,7 @@ class PipeWriter:
     def _take_back(self) -> None:
         """See what has been read."""
         lent = self._lent
-        if lent:
+        if lent and self._fd >= 0:
             self._consumed = self._written - unread(self._fd)
             while lent and lent[0][0] <= self._consumed:
                 lent.popleft()

@@ -39,8 +39,9 @@ REQUEST: Final = 512 * KiB
 LONG_REQUEST: Final = 1 * MiB
 """A fifth less processor time, and no more bytes under way."""
 KEPT_BYTES: Final = 2 * MiB
-"""So much may still be written from behind a slot that is waited for: a pipe that lends
-is done with that when 1 MiB has gone in behind it, and has the other to go on with."""
+"""So much in buffers may still be written from behind a slot that is waited for: a pipe
+that lends is done with that when 1 MiB has gone in behind it, and has the other to go
+on with. Where the buffers aren't full it has less, and a timer tells: no slower."""
 TURN_BYTES: Final = 256 * KiB
 """At least so often the event loop turns, also if nothing is waited for."""
 TRIM_STEP: Final = 4 * MiB
@@ -286,7 +287,7 @@ class DiskStream:
 
     def prefetch(self) -> None:
         """Begin to read ahead, up to the reader's slots, and wait there."""
-        if self._first is None:
+        if self._slots is None:
             self._slots = self._in_order()
             self._first = asyncio.create_task(
                 self._next_slot(self._slots), name="prefetch"
@@ -327,10 +328,18 @@ class DiskStream:
             NbdError, TransportError: a read failed; the point in time may be broken.
         """
         self.prefetch()
+        try:
+            await self._send(out)
+        finally:
+            self._kept.clear()
+            self._reader.forget()  # not used again: a sink may still have some of it
+
+    async def _send(self, out: FileSink) -> None:
         slots, first = self._slots, self._first
         if slots is None or first is None:
             raise IntegrityError("the disk was not opened")
         pending: Slot | None = await first
+        self._first = None
         async with aclosing(slots):
             used = 0  # bytes of the pending slot that are already written
             for piece in self._writer.pieces():
@@ -351,7 +360,6 @@ class DiskStream:
                         await self._keep(out, pending)
                         pending, used = await anext(slots, None), 0
             await out.free(self._begun)
-        self._kept.clear()
         if pending is not None:
             raise IntegrityError(f"more was read than the image holds: {pending}")
         await self._flush_trim()

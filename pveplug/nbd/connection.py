@@ -144,15 +144,15 @@ class Adapter(asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
         self._queue.clear()
-        if self._writer is not None:
-            self._writer.close(self._lent.values())
-            self._lent.clear()
         waiting, self._waiting = self._waiting, {}
         futures: list[asyncio.Future[Any]] = [*waiting.values()]
         for future in (*futures, self.ready, self.tls_due):
             if not future.done():
                 future.set_exception(self._error)
                 future.exception()  # nobody may be listening; that's no mistake
+        if self._writer is not None:
+            self._writer.close(self._lent.values())
+            self._lent.clear()
         if self._transport is not None:
             self._transport.abort()
 

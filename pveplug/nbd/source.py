@@ -424,6 +424,14 @@ class OrderedReader:
         if self._lasting and self._lasting.pop(id(slot.buffer), None) is not None:
             self._release(slot.buffer)
 
+    def forget(self) -> None:
+        """Let go of all memory; what the consumer has is left as it is."""
+        self._pooled = 0
+        for free in self._free.values():
+            free.clear()
+        if self._lasting:
+            self._lasting.clear()
+
     def _start(
         self, offset: int, length: int, size: int
     ) -> tuple[Slot, Pending | None]:

@@ -217,6 +217,35 @@ async def test_what_is_begun_and_given_up_at_once_troubles_nobody(caplog):
         os.close(fd)
 
 
+async def test_what_is_lent_is_not_free_because_the_pipe_was_closed():
+    """Nor when its number has come to be another pipe's, of which nothing is unread."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    mark = pipe.send([memoryview(bytearray(b"a" * 64 * KiB))])
+    pipe.close()
+    with pytest.raises(TransportError, match="closed"):
+        await pipe.free(mark)
+    others = os.pipe()
+    assert ends.writing in others
+    with pytest.raises(TransportError, match="closed"):
+        await pipe.free(mark)
+    for fd in (ends.silent_out, ends.reading, *others):
+        os.close(fd)
+
+
+async def test_what_is_copied_is_copied_to_its_end():
+    """A long array that a full pipe takes half of isn't lent from there on."""
+    ends = Ends()
+    pipe = PtcommPipe(ends.silent_in, ends.writing)
+    data = bytearray(b"a" * 1500 * KiB)
+    mark = pipe.send([data])
+    got = os.read(ends.reading, 1000 * KiB)
+    await asyncio.wait_for(pipe.written(mark), 10)
+    data[:] = b"b" * len(data)
+    ends.read_all()
+    assert got + ends.finish(pipe) == b"a" * len(data)
+
+
 async def test_who_waits_for_a_reader_that_has_gone_is_told():
     """Nothing else is written, and the pipe to us stays open."""
     ends = Ends()

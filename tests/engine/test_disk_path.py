@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tracemalloc
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -582,3 +583,36 @@ async def test_a_stream_that_is_cancelled_leaves_what_it_lent_as_it_was(
     lent = [(at, view) for at, view in late.under_way if len(view) == MiB]
     assert lent
     assert all(view == pieces[offset] for offset, view in lent)
+
+
+async def test_a_disk_that_was_sent_keeps_no_memory(short_tmp: Path) -> None:
+    """A job has all its disks until it ends."""
+    disk = scribbled(24 * MiB, 6, 1.0)
+    manner = Manner(contexts={BASE: [(len(disk), 0)]})
+    tracemalloc.start()
+    try:
+        async with (
+            serving(str(short_tmp / "s"), lambda: ModelServer(disk, manner)) as address,
+            await connect(address, contexts=[BASE]) as client,
+        ):
+            clusters = await scan(client, context=None, known=0)
+            streams, held = [], []
+            for _ in range(4):
+                stream = DiskStream(
+                    client, clusters, backing=None, trim=False, limit=RateLimit(0)
+                )
+                await stream.send(Dropping())
+                streams.append(stream)
+                held.append(tracemalloc.get_traced_memory()[0])
+            for stream in streams:
+                await stream.aclose()
+    finally:
+        tracemalloc.stop()
+    assert held[-1] - held[0] < MiB
+
+
+class Dropping(FileSink):
+    """Takes an image and keeps nothing."""
+
+    async def write(self, offset: int, *buffers: memoryview | bytes) -> None:
+        await asyncio.sleep(0)
