@@ -28,7 +28,7 @@ REFUSED: Final = (
     errno.ENOSYS,
     errno.EPERM,
 )
-"""This isn't a pipe, or this kernel or a seccomp filter has no vmsplice for us."""
+"""No pipe, no vmsplice in this kernel or for a seccomp filter, or no memory for it."""
 
 
 _vmsplice = ctypes.CDLL(None, use_errno=True).vmsplice
