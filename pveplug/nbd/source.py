@@ -53,6 +53,7 @@ question for each, of 0.1 ms, where 4 GiB of an image cost 5 to 10."""
 TOO_SHORT: Final = CLUSTER
 """A dirty run up to here isn't asked about then: to read it takes no longer."""
 ZEROES: Final = bytes(1 * MiB)
+ZERO_CLUSTER: Final = bytes(CLUSTER)
 SHORT: Final = (CLUSTER, 4 * CLUSTER)
 """Buffers of scattered pieces, as many of them are under way; others are as long as a
 request."""
@@ -317,9 +318,14 @@ def is_zero(buffer: bytearray | memoryview, start: int, length: int) -> bool:
     Give it the bytearray: 35 GB/s without a copy. A memoryview costs a copy.
     """
     stop = start + length
+    if start < stop and buffer[start]:
+        return False  # nearly always so
     while start < stop:
         count = min(len(ZEROES), stop - start)
-        zeroes = ZEROES if count == len(ZEROES) else ZEROES[:count]
+        if count == CLUSTER:
+            zeroes = ZERO_CLUSTER
+        else:
+            zeroes = ZEROES if count == len(ZEROES) else ZEROES[:count]
         if isinstance(buffer, bytearray):
             if not buffer.startswith(zeroes, start, start + count):
                 return False

@@ -397,6 +397,19 @@ def test_is_zero_looks_at_exactly_its_range(start, length, dirty):
     assert is_zero(memoryview(buffer), start, length) is expected
 
 
+@pytest.mark.parametrize("length", [64 * 1024 - 1, 64 * 1024, 1 << 20, (1 << 20) + 1])
+def test_is_zero_looks_at_the_whole_of_long_ranges(length):
+    buffer = bytearray(length + 2)
+    buffer[0] = buffer[-1] = 1
+    assert is_zero(buffer, 1, length)
+    assert is_zero(memoryview(buffer), 1, length)
+    for dirty in (1, 2, length // 2, length):
+        buffer[dirty] = 1
+        assert not is_zero(buffer, 1, length)
+        assert not is_zero(memoryview(buffer), 1, length)
+        buffer[dirty] = 0
+
+
 class ClientAgainstModel(RuleBasedStateMachine):
     """Reads, writes, zeroes and abandoned reads in any order against a bytearray."""
 
