@@ -28,6 +28,7 @@ from pveplug.images.manifest import DiskEntry, Manifest
 from pveplug.images.qcow2_writer import Qcow2StreamWriter
 from pveplug.leafstore import LeafStore
 from pveplug.nbd.client import NbdClient, UnixAddress, connect
+from pveplug.nbd.source import READERS
 from pveplug.proto import ptcomm
 from pveplug.proto.ptcomm import Packet
 from pveplug.proto.ptcomm_words import Stat, Times
@@ -94,7 +95,9 @@ async def opened(
         found = []
         for disk in disks:
             contexts = ["base:allocation", *([disk.context] if disk.context else [])]
-            client = await connect(UnixAddress(disk.socket), contexts=contexts)
+            client = await connect(
+                UnixAddress(disk.socket), contexts=contexts, readers=READERS
+            )
             stack.push_async_callback(client.aclose)
             clusters = await scan(client, context=disk.context, known=client.size)
             digest = DigestWriter(clusters, overlay=disk.parent is not None)

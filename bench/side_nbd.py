@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from pveplug.extents import Kind
 from pveplug.nbd.client import UnixAddress, connect
-from pveplug.nbd.source import OrderedReader, extents, is_zero
+from pveplug.nbd.source import READERS, OrderedReader, extents, is_zero
 from pveplug.units import CLUSTER, MiB
 
 
@@ -18,7 +18,7 @@ async def read(socket: str, *dirty: str) -> None:
     """Read what a Full, or a job with a bitmap, would, zero test included."""
     address = UnixAddress(socket)
     contexts = ["base:allocation", *dirty]
-    async with await connect(address, contexts=contexts) as client:
+    async with await connect(address, contexts=contexts, readers=READERS) as client:
         if dirty:
             from pveplug.diskstream import scan
 

@@ -61,6 +61,7 @@ from pveplug.images.manifest import (
 )
 from pveplug.images.restore_object import encode_objects
 from pveplug.nbd.client import NbdClient, connect
+from pveplug.nbd.source import READERS
 from pveplug.node import Node
 from pveplug.pacing import Pace
 from pveplug.parameters import restore_template
@@ -256,7 +257,9 @@ class Backup:
                 contexts = ["base:allocation"]
                 if source.context:
                     contexts.append(source.context)
-                client = await connect(source.address, source.export, contexts=contexts)
+                client = await connect(
+                    source.address, source.export, contexts=contexts, readers=READERS
+                )
                 stack.push_async_callback(client.aclose)
                 if client.size != source.size:
                     raise JobError(

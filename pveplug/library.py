@@ -31,7 +31,7 @@ from pveplug.errors import ConfigError
 from pveplug.events import NullReporter, Reporter
 from pveplug.extents import Block, Extent, Kind
 from pveplug.nbd.client import NbdClient, connect
-from pveplug.nbd.source import OrderedReader, extents
+from pveplug.nbd.source import READERS, OrderedReader, extents
 from pveplug.node import Node, load_node
 from pveplug.pve_local import PveLocal
 from pveplug.source import Opened, ReadableDisk, watched
@@ -107,7 +107,9 @@ class Disk:
         if self._source.context:
             contexts.append(self._source.context)
         address, export = self._source.address, self._source.export
-        async with await connect(address, export, contexts=contexts) as client:
+        async with await connect(
+            address, export, contexts=contexts, readers=READERS
+        ) as client:
             yield DiskReader(client, self._source)
 
 

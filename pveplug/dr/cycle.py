@@ -50,6 +50,7 @@ from pveplug.extents import Kind
 from pveplug.guestlatency import keep_pace
 from pveplug.images.clusters import ClusterMap
 from pveplug.nbd.client import NbdClient, connect
+from pveplug.nbd.source import READERS
 from pveplug.node import Node
 from pveplug.pacing import Pace
 from pveplug.progress import reporting
@@ -369,7 +370,9 @@ class Cycle:
         contexts = ["base:allocation"]
         if source.context:
             contexts.append(source.context)
-        client = await connect(source.address, source.export, contexts=contexts)
+        client = await connect(
+            source.address, source.export, contexts=contexts, readers=READERS
+        )
         stack.push_async_callback(client.aclose)
         if client.size != source.size:
             raise JobError(

@@ -6,6 +6,11 @@ its cookie finds. There is no reader task: the event loop puts bytes where the p
 machine wants them (``asyncio.BufferedProtocol``; with uvloop, with TLS or without), so
 nothing is left behind when a job ends.
 
+Where a server lets us (NBD_FLAG_CAN_MULTI_CONN), reads may take turns on several
+connections. A server fills a socket, 208 KiB of a UNIX one, and sleeps until it is
+drained; we drain it and sleep until it is filled. With another socket to go on with,
+neither does.
+
 What cancellation leaves behind: a cancelled read or block_status is forgotten, its
 buffer isn't written to any more, and the client stays usable. A cancelled write,
 write_zeroes, trim or flush closes the client, for nobody can say what it has done.
@@ -16,13 +21,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, cast
 
 from pveplug.errors import (
+    NbdError,
     PveplugError,
     TransportError,
 )
@@ -34,13 +41,18 @@ from pveplug.proto.nbd_handshake import Export
 from pveplug.proto.nbd_request import Runs
 from pveplug.proto.nbd_wire import (
     DEFAULT_MAXIMUM_BLOCK,
+    Error,
     TransmissionFlag,
 )
 from pveplug.units import KiB, round_down, round_up
 
+log = logging.getLogger(__name__)
+
 STALL_S: Final = 180.0
 """Nothing heard for so long with a request unanswered: the server hangs. Zeroing 1 GiB
 of thick storage takes some ten seconds."""
+FURTHER_S: Final = 1.0
+"""A further connection that takes longer is done without."""
 COMPACT_STATUS: Final = (1 << 32) - 64 * KiB
 
 
@@ -71,10 +83,11 @@ async def connect(
     contexts: Sequence[str] = (),
     tls: ssl.SSLContext | None = None,
     server_hostname: str | None = None,
+    readers: int = 1,
     timeout_s: float = 10.0,
     stall_s: float = STALL_S,
 ) -> NbdClient:
-    """Open one connection to ``export`` and negotiate all the server can do.
+    """Connect to ``export`` and negotiate all the server can do.
 
     Args:
         address: where the server listens.
@@ -84,6 +97,9 @@ async def connect(
         tls: begin TLS by STARTTLS before the export is named; without it plain text.
         server_hostname: whose certificate is expected; the host of a TCP address
             unless given.
+        readers: how many connections the reads take turns on, if the server offers
+            several; with those it doesn't give, there are fewer. For one who doesn't
+            write: a read may overtake a write on another connection.
         timeout_s: bound of all of it.
         stall_s: how long a request may wait without a byte from the server.
 
@@ -92,24 +108,55 @@ async def connect(
         RemoteProtocolError: it doesn't speak NBD.
         TransportError: not reachable, no certificate we trust, or not in time.
     """
-    machine = NbdClientMachine(export, contexts=contexts, tls=tls is not None)
-    loop = asyncio.get_running_loop()
-    adapter = Adapter(machine, str(address), stall_s)
     host = address.host if isinstance(address, TcpAddress) else None
+    name = server_hostname or host or ""
+
+    async def opened(*contexts: str) -> tuple[Export, Adapter]:
+        machine = NbdClientMachine(export, contexts=contexts, tls=tls is not None)
+        adapter = Adapter(machine, str(address), stall_s)
+        return await _open(adapter, address, tls, name), adapter
+
+    with _translated(f"cannot connect to NBD server {address}"):
+        async with asyncio.timeout(timeout_s):
+            client = NbdClient(*await opened(*contexts))
+    if readers > 1 and client.can_multi_conn:
+        try:
+            while client.connections < readers and await _further(client, opened):
+                pass
+        except BaseException:
+            await client.aclose()
+            raise
+    return client
+
+
+async def _further(
+    client: NbdClient, opened: Callable[[], Awaitable[tuple[Export, Adapter]]]
+) -> bool:
+    """Open one more connection for reads, if that can be done at once."""
     try:
-        with _translated(f"cannot connect to NBD server {address}"):
-            async with asyncio.timeout(timeout_s):
-                if isinstance(address, UnixAddress):
-                    await loop.create_unix_connection(lambda: adapter, address.path)
-                else:
-                    await loop.create_connection(
-                        lambda: adapter, address.host, address.port
-                    )
-                if tls is not None:
-                    await adapter.tls_due
-                    name = server_hostname or host or ""
-                    await adapter.start_tls(tls, name)
-                return NbdClient(await adapter.ready, adapter)
+        with _translated("not opened"):
+            async with asyncio.timeout(FURTHER_S):
+                export, adapter = await opened()
+    except PveplugError as error:
+        log.info("an NBD server gives no further connection reason=%r", str(error))
+        return False
+    client.share(export, adapter)
+    return True
+
+
+async def _open(
+    adapter: Adapter, address: Address, tls: ssl.SSLContext | None, name: str
+) -> Export:
+    loop = asyncio.get_running_loop()
+    try:
+        if isinstance(address, UnixAddress):
+            await loop.create_unix_connection(lambda: adapter, address.path)
+        else:
+            await loop.create_connection(lambda: adapter, address.host, address.port)
+        if tls is not None:
+            await adapter.tls_due
+            await adapter.start_tls(tls, name)
+        return await adapter.ready
     except BaseException:
         adapter.fail(TransportError(f"gave up connecting to NBD server {address}"))
         await adapter.gone()
@@ -130,6 +177,9 @@ class NbdClient:
     def __init__(self, export: Export, adapter: Adapter) -> None:
         self._adapter = adapter
         self._machine = adapter.machine
+        self._export = export
+        self._readers = [adapter]
+        self._turn = 0
         self.size: Final = export.size
         self.flags: Final = export.flags
         self.minimum_block: Final = export.minimum_block
@@ -188,6 +238,11 @@ class NbdClient:
         return bool(offered) and self.extended
 
     @property
+    def connections(self) -> int:
+        """On how many the reads take turns; all else goes by the first."""
+        return len(self._readers)
+
+    @property
     def can_dont_fragment(self) -> bool:
         return self.structured and bool(self.flags & TransmissionFlag.SEND_DF)
 
@@ -207,8 +262,11 @@ class NbdClient:
         ``hold`` it may be sent with the next request, at the latest when the event
         loop turns.
         """
-        return self._adapter.submit(
-            lambda: self._machine.read(offset, buffer, dont_fragment=dont_fragment),
+        reader = self._readers[self._turn]
+        if not hold:
+            self._turn = (self._turn + 1) % len(self._readers)
+        return reader.submit(
+            lambda: reader.machine.read(offset, buffer, dont_fragment=dont_fragment),
             hold=hold,
         )
 
@@ -356,13 +414,34 @@ class NbdClient:
             lambda: self._machine.block_status(offset, length, only=only)
         )
 
+    def share(self, export: Export, adapter: Adapter) -> None:
+        """Let reads take turns on one more connection.
+
+        Raises:
+            NbdError: it isn't to the same; then the client is closed.
+        """
+        self._readers.append(adapter)
+        for one in self._readers:
+            one.others = self._readers
+        # Not the flags: some are for BLOCK_STATUS, which goes by the first.
+        for name in ("size", "minimum_block", "maximum_block"):
+            mine, theirs = getattr(self._export, name), getattr(export, name)
+            if theirs != mine:
+                text = f"the NBD export's {name} was {mine} and is {theirs} now"
+                error = NbdError(text, Error.EINVAL)
+                self._adapter.fail(error)
+                raise error
+
     def abort(self, reason: str) -> None:
         """Drop the connection now; all who wait get a TransportError."""
         self._adapter.fail(TransportError(reason))
 
     async def aclose(self) -> None:
-        """Say goodbye and close; requests under way fail. Bounded to two seconds."""
-        await self._adapter.aclose()
+        """Say goodbye and close; requests under way fail. Bounded to seconds."""
+        for adapter in self._readers:
+            adapter.leave()
+        for adapter in self._readers:
+            await adapter.aclose()
 
     def _compact(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         step = length if self.extended else COMPACT_STATUS

@@ -91,6 +91,8 @@ class Adapter(asyncio.BufferedProtocol):
         self._heard = 0
         self._heard_before = 0
         self._quiet = 0
+        self.others: Sequence[Adapter] = ()
+        """Of the same client: when this one fails, they do."""
 
     # -- called by the client ---------------------------------------------------
 
@@ -155,19 +157,26 @@ class Adapter(asyncio.BufferedProtocol):
             self._lent.clear()
         if self._transport is not None:
             self._transport.abort()
+        others, self.others = self.others, ()
+        for other in others:
+            if other._error is None:
+                other.fail(self._error)
 
-    async def aclose(self) -> None:
-        if self._transport is None:
-            return
-        if self._error is None:
+    def leave(self) -> None:
+        """Say goodbye; :meth:`aclose` waits for it."""
+        if self._transport is not None and self._error is None:
             self._error = TransportError("this NBD client was closed")
             self.machine.disconnect()
             self._pump(last=True)
             self._transport.close()
+
+    async def aclose(self) -> None:
+        self.leave()
         try:
             await self.gone()
         finally:
-            self.fail(self._error)
+            if self._error is not None:
+                self.fail(self._error)
 
     async def gone(self) -> None:
         """Wait until the transport is closed, but not for long."""

@@ -59,6 +59,10 @@ SHORT: Final = (CLUSTER, 4 * CLUSTER)
 request."""
 HELD: Final = 8
 """So many short requests are sent at a time, each takes a system call otherwise."""
+READERS: Final = 2
+"""Connections a disk is read by: with one, server and client wait for each other, which
+costs a third of the speed where waking up is dear (a virtual machine); a third and a
+fourth gain nothing."""
 MAX_REQUESTS: Final = 32
 """QEMU works at 16 of a client's requests at a time; the others wait at its door."""
 

@@ -110,14 +110,17 @@ def output(*argv):
     return subprocess.run(argv, check=True, capture_output=True, timeout=60).stdout
 
 
-def read_whole(path, export, loop=asyncio):
+def read_whole(path, export, loop=asyncio, readers=1):
     """Extents and the disk's bytes, as our client sees them."""
 
     async def read():
         disk = bytearray(SIZE)
         address = UnixAddress(path)
-        async with await connect(address, export, contexts=[ALLOCATION]) as client:
+        async with await connect(
+            address, export, contexts=[ALLOCATION], readers=readers
+        ) as client:
             assert client.size == SIZE
+            assert client.connections == readers
             told = [extent async for extent in extents(client, window=5 * MiB)]
             runs = [(e.offset, e.length) for e in told if e.kind is Kind.DATA]
             async for slot in OrderedReader(client).read(runs):
@@ -125,6 +128,27 @@ def read_whole(path, export, loop=asyncio):
             return told, disk, client.structured
 
     return loop.run(read())
+
+
+@pytest.mark.parametrize("readers", [2, 5])
+@pytest.mark.parametrize("loop", [asyncio, uvloop])
+@pytest.mark.parametrize("kind", [k for k in SERVERS if "mask" not in k])
+def test_bytes_are_the_same_on_several_connections(
+    kind, tmp_path, image, content, loop, readers
+):
+    with served(kind, tmp_path, image) as (path, export):
+        assert read_whole(path, export, loop, readers)[1] == content
+
+
+async def test_a_server_for_one_client_is_asked_for_one_connection(
+    tmp_path, image, content
+):
+    server = qemu_nbd_server(tmp_path, image("raw"), "raw", "-e", "1")
+    with server as path:
+        for _ in range(3):  # each leaves room for the next
+            async with await connect(UnixAddress(path), readers=2) as client:
+                assert client.connections == 1
+                assert await client.read(12 * MiB, MiB) == content[12 * MiB : 13 * MiB]
 
 
 @pytest.mark.parametrize("kind", [k for k in SERVERS if "mask" not in k])

@@ -101,6 +101,8 @@ async def round_trip(address, context, **options):
         async with NbdSink(client) as sink:
             await sink.write(MiB, data)
             await sink.finish()
+    async with await connect(address, tls=context, readers=2, **options) as client:
+        assert client.connections == 2
         got = bytearray()
         async for slot in OrderedReader(client).read([(0, 4 * MiB)]):
             got += slot.view
